@@ -1,0 +1,105 @@
+"""MVMCICE, "multi view multi crop image chunking embedding": one image becomes six views at two resolutions.
+
+The whole image at the model's own size, and five crops of it at twice that size: the quadrants, and the centre on which
+all four cut objects. Each view is an image of its own to the model.
+
+    image = open_image("photo.jpg")
+    pixels = views(image)               # (6, 3, 448, 448)
+"""
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageCms, ImageOps
+
+from loading import InputError
+
+# The six boxes, as left, top, right, bottom in fractions of the image, in the order in which the model reads them.
+# The source says six views and 448 -> 896, not which: this layout is ours. Edit the list for another.
+BOXES = (
+    (0.0, 0.0, 1.0, 1.0),
+    (0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), (0.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0),
+    (0.25, 0.25, 0.75, 0.75),
+)
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")     # every further decoder is one more way in for a broken file
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+MAX_PIXELS = 89_478_485             # a quarter of a GiB as RGB; above it an image is refused before it is decoded
+
+
+def normalise(image):
+    """An RGB image -> (3, height, width) float32 with CLIP's mean and deviation."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return (pixels.float() / 255 - MEAN) / STD
+
+
+def views(image, size=448):
+    """An RGB image -> its views (6, 3, size, size), normalised; size is the model's image_size.
+
+    View 0 is the base model's own preprocessing, bit for bit: the image stretched to a square, PIL's bicubic filter.
+    The crops are cut from the original resized once to twice that size, never from view 0.
+    """
+    full = image.resize((2 * size, 2 * size), Image.BICUBIC)
+    cut = []
+    for box in BOXES:
+        if box == (0.0, 0.0, 1.0, 1.0):
+            cut.append(normalise(image.resize((size, size), Image.BICUBIC)))
+        else:
+            crop = full.crop([round(edge * 2 * size) for edge in box])
+            cut.append(normalise(crop.resize((size, size), Image.BICUBIC)))     # a crop of this size stays as it is
+    return torch.stack(cut)
+
+
+def open_image(path):
+    """An image file -> an RGB image, upright, alpha over white, first frame. InputError, one line, for a bad file."""
+    path = Path(path)
+    name = str(path) if str(path).isprintable() else repr(str(path))
+    if not path.is_file():
+        raise InputError(f"{name}: {'is a folder' if path.is_dir() else 'no such image file'}")
+    try:
+        with warnings.catch_warnings(), path.open("rb") as file:
+            warnings.simplefilter("ignore")         # Pillow warns of oddities on stderr; here they work or are errors
+            with Image.open(file, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise InputError(f"{name}: {image.width}×{image.height} pixels, more than the {MAX_PIXELS} that are allowed")
+                image.load()                        # raises where the file is cut off
+                return to_rgb(upright(image))
+    except InputError:
+        raise
+    except Image.DecompressionBombError:
+        raise InputError(f"{name}: more than the {MAX_PIXELS} pixels that are allowed") from None
+    except Image.UnidentifiedImageError:
+        raise InputError(f"{name}: not an image, or none of {', '.join(FORMATS)}") from None
+    except Exception as error:      # Pillow's decoders raise whatever a broken file leads them to
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{name}: cannot be read, the file is damaged ({reason[:120]})") from None
+
+
+def upright(image):
+    """Apply the EXIF rotation; an image whose EXIF cannot be read stays as it is stored."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:       # broken metadata is no reason to lose a whole picture
+        return image
+
+
+def to_rgb(image):
+    """Any Pillow mode -> RGB: alpha over white, deep images scaled to 8 bits."""
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
+        # I;16 is 16 bits by name; I and F do not say what white is: the smallest usual level that holds every value
+        levels = [65535] if image.mode.startswith("I;16") else [255, 65535] if image.mode == "I" else [1, 255, 65535]
+        white = next((level for level in levels if values.max() <= level), values.max())
+        return Image.fromarray((values / white * 255).round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    return image.convert("RGB")

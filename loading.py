@@ -1,0 +1,145 @@
+"""Reading a released checkpoint: where it is, whether it fits, and every tensor accounted for.
+
+The weights may be one safetensors file, several with an index, or `.bin` files (pickles, read with weights_only).
+"""
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+# Stored by some revisions, computed at run time by all: the only names that may be left over.
+COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias)$")
+
+
+class InputError(ValueError):
+    """A mistake of the user's or of a file's, told in one line with the remedy; scripts print it without a traceback."""
+
+
+# ---------------------------------------------------------------- where it is
+def resolve(name_or_dir):
+    """A folder as it is, or a Hub name -> the folder of its cached snapshot, downloaded where needed."""
+    folder = Path(name_or_dir).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(name_or_dir)
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise InputError(f"{name}: not a folder, and not a Hub name such as Qwen/Qwen-VL")
+    from huggingface_hub import snapshot_download      # only here: a local folder needs no Hub
+    try:
+        patterns = ["config.json", "qwen.tiktoken", "model*.safetensors", "*.index.json"]
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
+        if not list(folder.glob("model*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"]))
+    except Exception as error:      # the Hub client's errors share no base class: network, name, access, disk
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{name}: no such folder, and the Hub did not give it ({reason[:200]}); download it where there is a "
+                         f"network (hf download {name}) and give its folder, or try the toy: --base assets/toy") from None
+    return folder
+
+
+def weight_files(folder):
+    """The files that hold the weights, safetensors before .bin; those of an index in its order. InputError if none."""
+    for whole, index in (("model.safetensors", "model.safetensors.index.json"),
+                         ("pytorch_model.bin", "pytorch_model.bin.index.json")):
+        if (folder / index).is_file():
+            try:
+                names = list(dict.fromkeys(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
+            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+                raise InputError(f"{folder / index}: cannot be read as an index of shards ({error!r}); fetch it again") from None
+            for name in names:
+                if not isinstance(name, str) or Path(name).name != name:
+                    raise InputError(f"{folder / index}: names {name!r}, which is outside its folder")
+                if not (folder / name).is_file():
+                    raise InputError(f"{folder}: {name} is missing, which {index} names; the download is incomplete, fetch it again")
+            return [folder / name for name in names]
+        if (folder / whole).is_file():
+            return [folder / whole]
+    raise InputError(f"{folder}: holds no weights (model.safetensors, pytorch_model.bin, or shards with their index.json)")
+
+
+def tensors(path):
+    """Yield (name, shape, read) of each tensor in a weight file; read() gives the tensor, not kept in memory after."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for name in file.keys():
+                    yield name, tuple(file.get_slice(name).get_shape()), lambda name=name: file.get_tensor(name)
+        else:
+            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if not isinstance(stored, dict) or not all(isinstance(t, torch.Tensor) for t in stored.values()):
+                raise InputError(f"{path}: is not a dictionary of tensors")
+            for name, tensor in stored.items():
+                yield name, tuple(tensor.shape), lambda tensor=tensor: tensor
+    except InputError:
+        raise
+    except SafetensorError as error:
+        raise InputError(f"{path}: is not a whole safetensors file ({error}); fetch it again") from None
+    except Exception as error:      # torch.load has no error class of its own; an unsafe pickle ends here as well
+        raise InputError(f"{path}: refused, not a plain file of tensors ({str(error).splitlines()[0][:160]})") from None
+
+
+# ---------------------------------------------------------------- whether it fits
+def free_bytes(device):
+    """Bytes of memory free on a device, as far as the system tells; None where it does not."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        meminfo = Path("/proc/meminfo").read_text()
+        free = int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo)[1]) * 1024
+    except (OSError, TypeError):
+        return None
+    try:        # a container may have less than the machine
+        limit, used = (Path("/sys/fs/cgroup", f).read_text() for f in ("memory.max", "memory.current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):
+        return free
+
+
+def check_fits(model, folder, dtype, device):
+    """InputError with both numbers where the weights are larger than the memory that is free."""
+    numbers = sum(t.numel() for t in model.state_dict().values())
+    need, free = numbers * dtype.itemsize, free_bytes(device)
+    if free is None or need <= free:
+        return
+    ways = [f"--dtype bfloat16 ({numbers * 2 / 1e9:.1f} GB)"] if dtype.itemsize > 2 else []
+    ways += ["--device cpu" if device.type == "cuda" else "a GPU (--device cuda)", "the toy (--base assets/toy)"]
+    raise InputError(f"{folder}: needs {need / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')} on {device}, "
+                     f"{free / 1e9:.1f} GB are free; try {' or '.join(ways)}")
+
+
+# ---------------------------------------------------------------- filling
+def fill(model, folder, dtype, device):
+    """Give a model built on the meta device its tensors from a folder, one by one, in `dtype` on `device`.
+
+    Host memory never holds more than what is filled so far and one tensor. Names and shapes of all shards are checked
+    first, so nothing is read for an hour before an error: InputError names what is missing, left over or misshaped.
+    """
+    check_fits(model, folder, dtype, device)
+    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    files, found = weight_files(folder), {}
+    for path in files:
+        for name, shape, _ in tensors(path):
+            if name in found:
+                raise InputError(f"{path}: holds {name}, which {found[name]} holds too")
+            found[name] = path.name
+            if name not in wanted and not COMPUTED.search(name):
+                quantised = re.search(r"\.(qweight|qzeros|scales|g_idx)$", name)
+                raise InputError(f"{path}: holds {name}, " + ("an Int4/GPTQ tensor; use the float checkpoint, Qwen/Qwen-VL"
+                                 if quantised else "which the model described by config.json does not have"))
+            if name in wanted and shape != wanted[name]:
+                raise InputError(f"{path}: {name} has shape {shape}, config.json asks for {wanted[name]}")
+    if missing := [name for name in wanted if name not in found]:
+        raise InputError(f"{folder}: {missing[0]}{f' and {len(missing) - 1} more tensors are' if len(missing) > 1 else ' is'} "
+                         "missing from the weights; the download is incomplete, fetch it again")
+    for path in files:
+        for name, shape, read in tensors(path):
+            if name in wanted:
+                owner, _, leaf = name.rpartition(".")
+                owner = model.get_submodule(owner)
+                tensor = torch.empty(shape, dtype=dtype, device=device).copy_(read())   # own memory, not the file's
+                if leaf in owner._buffers:
+                    owner._buffers[leaf] = tensor
+                else:
+                    owner._parameters[leaf] = torch.nn.Parameter(tensor)
