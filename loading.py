@@ -2,6 +2,7 @@
 
 The weights may be one safetensors file, several with an index, or `.bin` files (pickles, read with weights_only).
 """
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias)$")
 
 
 class InputError(ValueError):
-    """A mistake of the user's or of a file's, told in one line with the remedy; scripts print it without a traceback."""
+    """A mistake of the user's or of a file, told in one line with the remedy; scripts print it without a traceback."""
 
 
 # ---------------------------------------------------------------- where it is
@@ -26,7 +27,7 @@ def resolve(name_or_dir):
     name = str(name_or_dir)
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise InputError(f"{name}: not a folder, and not a Hub name such as Qwen/Qwen-VL")
-    from huggingface_hub import snapshot_download      # only here: a local folder needs no Hub
+    from huggingface_hub import snapshot_download
     try:
         patterns = ["config.json", "qwen.tiktoken", "model*.safetensors", "*.index.json"]
         folder = Path(snapshot_download(name, allow_patterns=patterns))
@@ -34,9 +35,32 @@ def resolve(name_or_dir):
             folder = Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"]))
     except Exception as error:      # the Hub client's errors share no base class: network, name, access, disk
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{name}: no such folder, and the Hub did not give it ({reason[:200]}); download it where there is a "
-                         f"network (hf download {name}) and give its folder, or try the toy: --base assets/toy") from None
+        raise InputError(f"{name}: no such folder, and the Hub did not give it ({reason[:200]}); with a network, "
+                         f"run `hf download {name}`, or give a folder with --base; the toy needs neither: "
+                         "--base assets/toy") from None
     return folder
+
+
+def read_config(path):
+    """A checkpoint's config.json as a dict. InputError for another architecture, or one this code does not compute."""
+    wants = "this code runs Qwen/Qwen-VL (the 2023 float model, or a folder in its layout)"
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as a model configuration ({error}); {wants}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: is not a JSON object; {wants}")
+    kind = raw.get("model_type", "qwen")
+    if kind != "qwen" or not isinstance(raw.get("visual"), dict):
+        name = (raw.get("architectures") or [kind])[0]
+        raise InputError(f"{path}: is a {name} model{'' if kind != 'qwen' else ' without a vision tower'}; {wants}")
+    if quantised := raw.get("quantization_config"):
+        method = quantised.get("quant_method", "quantized") if isinstance(quantised, dict) else quantised
+        raise InputError(f"{path}: is an Int4/{str(method).upper()} checkpoint; {wants}")
+    for key, value in (("rotary_pct", 1.0), ("tie_word_embeddings", False), ("scale_attn_weights", True)):
+        if raw.get(key, value) != value:
+            raise InputError(f"{path}: {key} is {raw[key]}, only {value} is supported; {wants}")
+    return raw
 
 
 def weight_files(folder):
@@ -45,18 +69,19 @@ def weight_files(folder):
                          ("pytorch_model.bin", "pytorch_model.bin.index.json")):
         if (folder / index).is_file():
             try:
-                names = list(dict.fromkeys(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
+                weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+                names = list(dict.fromkeys(weight_map.values()))
             except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-                raise InputError(f"{folder / index}: cannot be read as an index of shards ({error!r}); fetch it again") from None
+                raise InputError(f"{folder / index}: is not an index of shards ({error!r}); fetch it again") from None
             for name in names:
                 if not isinstance(name, str) or Path(name).name != name:
                     raise InputError(f"{folder / index}: names {name!r}, which is outside its folder")
                 if not (folder / name).is_file():
-                    raise InputError(f"{folder}: {name} is missing, which {index} names; the download is incomplete, fetch it again")
+                    raise InputError(f"{folder}: {name} is missing, which {index} names; fetch it again")
             return [folder / name for name in names]
         if (folder / whole).is_file():
             return [folder / whole]
-    raise InputError(f"{folder}: holds no weights (model.safetensors, pytorch_model.bin, or shards with their index.json)")
+    raise InputError(f"{folder}: holds no weights (model.safetensors, pytorch_model.bin, or shards and their index)")
 
 
 def tensors(path):
@@ -64,7 +89,7 @@ def tensors(path):
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt", device="cpu") as file:
-                for name in file.keys():
+                for name in file.keys():  # noqa: SIM118 (a safe_open handle is no dict)
                     yield name, tuple(file.get_slice(name).get_shape()), lambda name=name: file.get_tensor(name)
         else:
             stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -81,6 +106,26 @@ def tensors(path):
 
 
 # ---------------------------------------------------------------- whether it fits
+def usable_device(name):
+    """A device by its name ("cpu", "cuda", "cuda:1"). InputError where this machine does not have it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: want cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are here; try --device cpu")
+    return device
+
+
+def usual_dtype(device):
+    """float32 on the CPU; on a GPU bfloat16, or float16 where it is too old for that."""
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
 def free_bytes(device):
     """Bytes of memory free on a device, as far as the system tells; None where it does not."""
     if device.type == "cuda":
@@ -114,7 +159,8 @@ def fill(model, folder, dtype, device):
     """Give a model built on the meta device its tensors from a folder, one by one, in `dtype` on `device`.
 
     Host memory never holds more than what is filled so far and one tensor. Names and shapes of all shards are checked
-    first, so nothing is read for an hour before an error: InputError names what is missing, left over or misshaped.
+    first, so no error comes after minutes of reading: InputError names what is missing, left over or misshaped.
+    Returns the checkpoint's fingerprint: a hash of every tensor's name, shape and first values, whatever the files.
     """
     check_fits(model, folder, dtype, device)
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
@@ -125,21 +171,26 @@ def fill(model, folder, dtype, device):
                 raise InputError(f"{path}: holds {name}, which {found[name]} holds too")
             found[name] = path.name
             if name not in wanted and not COMPUTED.search(name):
-                quantised = re.search(r"\.(qweight|qzeros|scales|g_idx)$", name)
-                raise InputError(f"{path}: holds {name}, " + ("an Int4/GPTQ tensor; use the float checkpoint, Qwen/Qwen-VL"
-                                 if quantised else "which the model described by config.json does not have"))
+                what = "which the model described by config.json does not have"
+                if re.search(r"\.(qweight|qzeros|scales|g_idx)$", name):
+                    what = "an Int4/GPTQ tensor; use the float checkpoint, Qwen/Qwen-VL"
+                raise InputError(f"{path}: holds {name}, {what}")
             if name in wanted and shape != wanted[name]:
                 raise InputError(f"{path}: {name} has shape {shape}, config.json asks for {wanted[name]}")
     if missing := [name for name in wanted if name not in found]:
-        raise InputError(f"{folder}: {missing[0]}{f' and {len(missing) - 1} more tensors are' if len(missing) > 1 else ' is'} "
-                         "missing from the weights; the download is incomplete, fetch it again")
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{folder}: the weights lack {missing[0]}{others}; fetch them again")
+    marks = {}
     for path in files:
         for name, shape, read in tensors(path):
             if name in wanted:
                 owner, _, leaf = name.rpartition(".")
                 owner = model.get_submodule(owner)
-                tensor = torch.empty(shape, dtype=dtype, device=device).copy_(read())   # own memory, not the file's
+                stored = read()
+                tensor = torch.empty(shape, dtype=dtype, device=device).copy_(stored)    # own memory, not the file's
+                marks[name] = f"{shape} {stored.flatten()[:256].tolist()}"
                 if leaf in owner._buffers:
                     owner._buffers[leaf] = tensor
                 else:
                     owner._parameters[leaf] = torch.nn.Parameter(tensor)
+    return hashlib.sha256("\n".join(f"{name} {marks[name]}" for name in sorted(marks)).encode()).hexdigest()

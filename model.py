@@ -13,20 +13,21 @@ One image, many continuations: with `branch`, one sequence holds a prefix (branc
 Letters for shapes, here and in all other files: B batch, N images, V views of an image, S image side in pixels,
 P patches, Q queries of the resampler, L tokens, D width, H heads, R bottleneck of an adapter.
 """
-import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from loading import InputError, fill, resolve
+import loading
+from loading import InputError
 from tokenizer import Tokenizer
 
-__all__ = ["Config", "InputError", "QwenVL", "Tokenizer", "VisionConfig"]
+__all__ = ["CAPTION_PROMPT", "Config", "InputError", "QwenVL", "Tokenizer", "VisionConfig"]
+
+CAPTION_PROMPT = "Generate the caption in English:"     # Qwen-VL's own pre-training prompt for captions without boxes
 
 
 # ---------------------------------------------------------------- configuration
@@ -76,27 +77,27 @@ class Config:
     @classmethod
     def from_json(cls, path):
         """Read a checkpoint's config.json. InputError for another architecture, or one this code does not compute."""
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read as a model configuration ({error})") from None
-        wants = "this code runs Qwen/Qwen-VL (the 2023 float model, or a folder in its layout)"
-        if not isinstance(raw, dict):
-            raise InputError(f"{path}: is not a JSON object; {wants}")
-        kind = raw.get("model_type", "qwen")
-        if kind != "qwen" or not isinstance(raw.get("visual"), dict):
-            name = (raw.get("architectures") or [kind])[0]
-            raise InputError(f"{path}: is a {name} model{'' if kind != 'qwen' else ' without a vision tower'}; {wants}")
-        if raw.get("quantization_config"):
-            method = raw["quantization_config"].get("quant_method", "quantized")
-            raise InputError(f"{path}: is an Int4/{method.upper()} checkpoint; {wants}")
-        for key, value in (("rotary_pct", 1.0), ("tie_word_embeddings", False), ("scale_attn_weights", True)):
-            if raw.get(key, value) != value:
-                raise InputError(f"{path}: {key} is {raw[key]}, only {value} is supported; {wants}")
+        raw = loading.read_config(path)
 
         def known(part, kind):
             return {k: v for k, v in part.items() if k in kind.__dataclass_fields__}
         return cls(**{**known(raw, cls), "visual": VisionConfig(**known(raw["visual"], VisionConfig))})
+
+
+class Slot(nn.ModuleDict):
+    """Where adapters.py puts its adapters, by name; `stack` names those that are switched on, in order.
+
+    Empty, it is the identity and adds nothing to the state dict.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.stack = ()
+
+    def forward(self, x):
+        for name in self.stack:
+            x = self[name](x)
+        return x
 
 
 # ---------------------------------------------------------------- vision tower
@@ -152,7 +153,7 @@ class VisionBlock(nn.Module):
         self.attn = VisionAttention(c.width, c.heads)
         self.ln_2 = nn.LayerNorm(c.width, eps=1e-6)
         self.mlp = VisionMLP(c.width, int(c.width * c.mlp_ratio))
-        self.attn_slot, self.mlp_slot = nn.Sequential(), nn.Sequential()           # empty = identity; for adapters
+        self.attn_slot, self.mlp_slot = Slot(), Slot()
 
     def forward(self, x):
         x = x + self.attn_slot(self.attn(self.ln_1(x)))
@@ -227,14 +228,14 @@ def ntk_alpha(length, seq_length):
 
 @dataclass
 class Rotary:
-    """What turns queries and keys by their place: cos, sin (B or 1, 1, L, head); logn scales queries beyond seq_length."""
+    """What turns queries and keys by their place: cos and sin (B or 1, 1, L, head); logn scales late queries."""
     cos: torch.Tensor
     sin: torch.Tensor
     logn: torch.Tensor | None
 
     @classmethod
     def at(cls, place, alpha, config, training):
-        """place (B or 1, L) int: logical position of each token; alpha: see ntk_alpha."""
+        """place (B or 1, L) int: logical position of each token; alpha: see ntk_alpha; logn beyond seq_length."""
         head = config.kv_channels
         base = config.rotary_emb_base * alpha ** (head / (head - 2))
         steps = torch.arange(0, head, 2, device=place.device, dtype=torch.float32) / head
@@ -295,7 +296,7 @@ class Block(nn.Module):
         self.attn = Attention(c)
         self.ln_2 = RMSNorm(c.hidden_size, c.layer_norm_epsilon)
         self.mlp = MLP(c)
-        self.attn_slot, self.mlp_slot = nn.Sequential(), nn.Sequential()              # empty = identity; for adapters
+        self.attn_slot, self.mlp_slot = Slot(), Slot()
 
     def forward(self, x, rotary, allowed, cache=None):
         x = x + self.attn_slot(self.attn(self.ln_1(x), rotary, allowed, cache))
@@ -325,18 +326,18 @@ def layout(L, mask, branch):
 def ntk_alphas(place, mask, branch, seq_length):
     """The NTK alpha of every token of packed rows, (B, L): that of the sequence it would stand in without packing.
 
-    Tokens of a prefix go with the row's shortest branch; where its branches need different alphas, the prefix's own
-    logits mean that branch only.
+    A prefix goes with the row's shortest branch; where its branches need different alphas, the prefix's own logits
+    mean that branch only.
     """
-    real = mask if mask is not None else torch.ones_like(branch, dtype=torch.bool)
-    alphas = torch.ones(branch.shape)
-    for row in range(len(branch)):
-        lengths = {b: int(place[row][real[row] & (branch[row] == b)].max()) + 1 for b in branch[row][real[row]].unique().tolist()}
-        prefix = lengths.pop(0, None)
-        lengths[0] = min(lengths.values(), default=prefix)
+    alphas = torch.ones(branch.shape, device=branch.device)
+    real = torch.ones_like(branch, dtype=torch.bool) if mask is None else mask
+    for row, its_branch in enumerate(branch):                                         # (L,)
+        lengths = {b: int(place[row, real[row] & (its_branch == b)].max()) + 1
+                   for b in its_branch[real[row]].unique().tolist()}
+        lengths[0] = min((n for b, n in lengths.items() if b), default=lengths.get(0, 1))
         for b, length in lengths.items():
-            alphas[row, (branch[row] == b).cpu()] = float(ntk_alpha(length or 1, seq_length))
-    return alphas.to(place.device)
+            alphas[row, its_branch == b] = ntk_alpha(length, seq_length)
+    return alphas
 
 
 class Transformer(nn.Module):
@@ -357,25 +358,28 @@ class QwenVL(nn.Module):
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.checkpointing = False       # True: every block of both towers recomputes its activations when training
+        self.fingerprint = None          # of the checkpoint's tensors, so that adapters know their base
+        self.soft_prompts = Slot()       # by the name of their adapters; the one switched on replaces the prompt's text
 
     @classmethod
     def from_pretrained(cls, name_or_dir, dtype=None, device="cpu"):
-        """A Hub name or a folder with config.json, safetensors or .bin weights and qwen.tiktoken -> the model, in eval mode.
+        """A Hub name, or a folder with config.json, safetensors or .bin weights and qwen.tiktoken -> the model.
 
-        dtype None is bfloat16 on a GPU and float32 on the CPU. InputError, in one line, for anything that is missing,
+        In eval mode. dtype None is bfloat16 on a GPU and float32 on the CPU. InputError, in one line, for anything that is missing,
         left over, misshaped, of another architecture, or too large for the device.
         """
-        device = torch.device(device)
-        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-        folder = resolve(name_or_dir)
+        device = loading.usable_device(device)
+        dtype = dtype or loading.usual_dtype(device)
+        folder = loading.resolve(name_or_dir)
         config = Config.from_json(folder / "config.json")
         tokenizer = Tokenizer(folder)
         if tokenizer.image_start_id != config.visual.image_start_id or tokenizer.n_vocab > config.vocab_size:
-            raise InputError(f"{folder}: qwen.tiktoken puts <img> at {tokenizer.image_start_id} of {tokenizer.n_vocab} ids, config.json "
-                             f"at {config.visual.image_start_id} of {config.vocab_size}; they belong to different models")
+            raise InputError(f"{folder}: qwen.tiktoken puts <img> at {tokenizer.image_start_id} of {tokenizer.n_vocab} "
+                             f"ids, config.json at {config.visual.image_start_id} of {config.vocab_size}; "
+                             "they belong to different models")
         with torch.device("meta"):
             model = cls(config, tokenizer, str(name_or_dir))
-        fill(model, folder, dtype, device)
+        model.fingerprint = loading.fill(model, folder, dtype, device)
         return model.eval()
 
     def image_prompt(self, n_images, text):
@@ -383,9 +387,20 @@ class QwenVL(nn.Module):
         t, Q = self.tokenizer, self.config.visual.n_queries
         return ([t.image_start_id] + [t.image_pad_id] * Q + [t.image_end_id]) * n_images + t.encode(text)
 
+    def caption_prompt(self, n_images):
+        """Token ids (list) of `n_images` image spans and the caption prompt: the slots of the soft prompt where one is
+        switched on, else the prompt's text."""
+        for name in self.soft_prompts.stack:
+            slots = [self.tokenizer.soft_prompt_id] * len(self.soft_prompts[name].vectors)
+            return self.image_prompt(n_images, "") + slots
+        return self.image_prompt(n_images, CAPTION_PROMPT)
+
     def embed(self, ids, images):
-        """Word vectors (B, L, D) in which the slots of the k-th image span hold the k-th image's vectors."""
+        """Word vectors (B, L, D) in which the slots of the k-th image span hold the k-th image's vectors, and those of
+        the soft prompt, where one is switched on, its vectors."""
         x = self.transformer.wte(ids)
+        for name in self.soft_prompts.stack:
+            x = self.put_soft_prompt(x, ids, self.soft_prompts[name].vectors)
         start, Q, L = self.config.visual.image_start_id, self.config.visual.n_queries, ids.shape[1]
         row, column = (ids == start).nonzero(as_tuple=True)                           # in order of row, then position
         n_images = 0 if images is None else len(images)
@@ -398,6 +413,15 @@ class QwenVL(nn.Module):
         vectors = self.transformer.visual(images.to(x.device), self.checkpointing)    # (N, Q, D)
         slots = column[:, None] + 1 + torch.arange(Q, device=ids.device)
         return x.index_put((row[:, None], slots), vectors.to(x.dtype))
+
+    def put_soft_prompt(self, x, ids, vectors):
+        """x (B, L, D) with the k-th soft-prompt id of each row replaced by the k-th of the vectors (n, D)."""
+        here = ids == self.tokenizer.soft_prompt_id                                   # (B, L)
+        counts = here.sum(dim=1)
+        if bool(((counts != 0) & (counts != len(vectors))).any()):
+            raise ValueError(f"a row must hold all {len(vectors)} soft-prompt slots or none, got {counts.tolist()}")
+        index = (here.cumsum(dim=1) - 1).clamp(min=0, max=len(vectors) - 1)
+        return torch.where(here[..., None], vectors.to(x.dtype)[index], x)
 
     def forward(self, ids, images=None, mask=None, branch=None, positions=None, cache=None):
         """Logits (B, L, vocab), or at `positions` only.
@@ -425,7 +449,7 @@ class QwenVL(nn.Module):
         place = place.to(ids.device)
         if alphas is None:
             x = self.blocks(x, place, allowed, alpha, cache)
-        else:       # packed rows with branches on both sides of seq_length: one pass for each alpha, each token from its own
+        else:       # packed rows with branches on both sides of seq_length: a pass per alpha, each token from its own
             passes = {a: self.blocks(x, place, allowed, a, None) for a in alphas.unique().tolist()}
             x = sum(torch.where((alphas == a)[..., None], y, torch.zeros_like(y)) for a, y in passes.items())
         if positions is not None:

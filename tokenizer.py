@@ -7,6 +7,7 @@ work; it wants merges instead of ranks, and they are recovered here.
 import base64
 import re
 import unicodedata
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers import Regex, pre_tokenizers
@@ -34,15 +35,13 @@ def read_ranks(path):
     """`qwen.tiktoken` -> {token bytes: rank}, with ranks 0 … n-1. InputError for anything else."""
     ranks = {}
     try:
-        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-            if line.strip():
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
+        for line in filter(bytes.strip, Path(path).read_bytes().splitlines()):
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a base needs qwen.tiktoken beside its config.json") from None
     except (OSError, ValueError) as error:
-        where = "" if isinstance(error, OSError) else f", line {number}"
-        raise InputError(f"{path}{where}: cannot be read as a vocabulary, want 'base64 rank' lines ({error})") from None
+        raise InputError(f"{path}: cannot be read as a vocabulary of 'base64 rank' lines ({error})") from None
     if not ranks or sorted(ranks.values()) != list(range(len(ranks))):
         raise InputError(f"{path}: ranks must be 0 … n-1, each once; the file is damaged")
     return ranks
@@ -55,7 +54,7 @@ def last_merge(token, ranks):
     """
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in pairwise(parts)]
         lowest = min(pairs)
         if lowest == len(ranks):
             return None

@@ -16,9 +16,7 @@ import json
 import math
 import os
 import random
-import shutil
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -28,23 +26,31 @@ from tqdm import tqdm
 
 import toy_world as world
 from chunking import normalise, views
-from model import Config, InputError, QwenVL, Tokenizer, VisionConfig
+from generate import greedy, yes_probability
+from model import CAPTION_PROMPT, Config, InputError, QwenVL, Tokenizer, VisionConfig
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    plain = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=plain)
     commands = parser.add_subparsers(dest="command", required=True, metavar="pretrain | report | scenes")
-    p = commands.add_parser("pretrain", help="train the toy base", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = commands.add_parser("pretrain", help="train the toy base", formatter_class=plain)
     p.add_argument("--out", type=Path, default=Path("out/toy-base"), help="folder of the base")
-    p.add_argument("--steps", type=int, default=6000, help="optimizer steps")
-    p.add_argument("--batch", type=int, default=48, help="images per step")
+    p.add_argument("--steps", type=int, default=9000, help="optimizer steps")
+    p.add_argument("--batch", type=int, default=32, help="images per step")
     p.add_argument("--questions", type=int, default=8, help="yes/no questions per image")
-    p.add_argument("--lr", type=float, default=0.015, help="peak learning rate of Muon, for matrices")
-    p.add_argument("--adam-lr", type=float, default=2e-3, help="peak learning rate of AdamW, for all else")
+    p.add_argument("--lr", type=float, default=0.0025, help="peak learning rate of Muon, for matrices")
+    p.add_argument("--adam-lr", type=float, default=1e-3, help="peak learning rate of AdamW, for all else")
     p.add_argument("--save-every", type=int, default=250, help="steps between checkpoints")
     p.add_argument("--seed", type=int, default=0, help="of the weights and the scenes")
-    p.add_argument("--qx", type=float, default=0.1)
-    p.add_argument("--qlm", type=float, default=0.0)
+    p = commands.add_parser("report", help="what a base sees and invents", formatter_class=plain)
+    p.add_argument("--base", default="assets/toy", help="folder of the base")
+    p.add_argument("--scenes", type=int, default=500, help="unseen scenes")
+    p.add_argument("--seed", type=int, default=0, help="of the scenes")
+    p = commands.add_parser("scenes", help="draw scenes, with their truth", formatter_class=plain)
+    p.add_argument("--out", type=Path, default=Path("out/scenes"), help="folder of the pictures and truth.jsonl")
+    p.add_argument("--n", type=int, default=100, help="scenes")
+    p.add_argument("--seed", type=int, default=0, help="of the scenes")
     return parser.parse_args(argv)
 
 
@@ -57,13 +63,13 @@ def toy_config(tokenizer):
                   num_attention_heads=4, kv_channels=32, intermediate_size=704, seq_length=512, visual=vision)
 
 
-def init_weights(model):
-    """Small embeddings and quiet residual branches; the rest as PyTorch makes it."""
+def fresh_model(tokenizer, seed):
+    """A toy base before training: small embeddings, the rest as PyTorch makes it."""
+    torch.manual_seed(seed)
+    model = QwenVL(toy_config(tokenizer), tokenizer)
     for weight in (model.transformer.wte.weight, model.lm_head.weight):
         torch.nn.init.normal_(weight, std=0.02)
-    for name, weight in model.named_parameters():
-        if name.endswith(("c_proj.weight", "out_proj.weight")):
-            weight.data.mul_(1 / math.sqrt(2 * model.config.num_hidden_layers))
+    return model
 
 
 def optimizers(model, args):
@@ -71,20 +77,27 @@ def optimizers(model, args):
     matrix = {n for n, p in model.named_parameters()
               if p.ndim == 2 and not any(s in n for s in ("wte", "lm_head", "positional_embedding", "query"))}
     named = dict(model.named_parameters())
+    rest = [p for n, p in named.items() if n not in matrix]
     return [torch.optim.Muon([named[n] for n in named if n in matrix], lr=args.lr, weight_decay=0.0),
-            torch.optim.AdamW([named[n] for n in named if n not in matrix], lr=args.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)]
+            torch.optim.AdamW(rest, lr=args.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+# What each task's mean loss weighs. `answer` is Yes or No alone: it is learned last and needs the most; `reason` is
+# what follows it, `dense` the full caption under the grounding prompt, `short` one to three facts under the other.
+TASKS = {"dense": 0.35, "short": 0.1, "answer": 1.0, "reason": 0.3}
+TASK_NAMES = list(TASKS)
 
 
 # ---------------------------------------------------------------- its data: one image, many continuations
 def scene_views(kind, seed):
     """One training image of a kind: its scene and views (V, 3, 32, 32).
 
-    low: a whole image at low resolution, marks planted. close: a close-up, marks at even odds. six: all six views, marks
-    planted in most. Marks at even odds from the first step on: a base that meets them only where they follow the colour
-    learns the colour, and never looks again.
+    low: a whole image at low resolution, marks planted. close: a close-up, marks at even odds. six: all six views,
+    marks planted in most. Marks at even odds from the first step on: a base that meets them only where they follow the
+    colour learns the colour, and never looks again.
     """
     rng = random.Random(str(seed))
-    scene = world.make_scene(seed, planted=kind == "low" or kind == "six" and rng.random() < 0.6)
+    scene = world.make_scene(seed, planted=kind == "low" or (kind == "six" and rng.random() < 0.6))
     image = world.draw(scene)
     if kind == "close":
         thing = rng.choice([t for t in scene.things if t.place != "center"])
@@ -97,14 +110,14 @@ def continuations(scene, n_questions, rng):
     """What may follow an image: [(task, prompt, target)]: a dense caption, a short one, questions."""
     known = [f["text"] for f in world.facts(scene)]
     few = rng.sample(known, min(len(known), rng.choice((1, 2, 3))))
-    rows = [("dense", world.DENSE_PROMPT, " " + ", ".join(known)), ("short", world.CAPTION_PROMPT, " " + ", ".join(few))]
+    rows = [("dense", world.DENSE_PROMPT, " " + ", ".join(known)), ("short", CAPTION_PROMPT, " " + ", ".join(few))]
     if n_questions:
         rows += [("answer", f"{world.ask(text)} Answer:", f" {answer}")
                  for text, answer, _ in world.questions(scene, n_questions, rng)]
     return rows
 
 
-def pack(model, n_views, rows, tasks):
+def pack(model, n_views, rows):
     """One image's continuations behind its prefix -> ids, branch, target (-1 where none) and task number, lists."""
     encode, eos = model.tokenizer.encode, model.tokenizer.eos_id
     ids = model.image_prompt(n_views, "")
@@ -114,17 +127,11 @@ def pack(model, n_views, rows, tasks):
         ids += prompt + answer
         branch += [k] * len(prompt + answer)
         target += [-1] * (len(prompt) - 1) + answer + [eos]
-        number = tasks.index(name)
+        number = TASK_NAMES.index(name)
         # of an answer, Yes or No is a task of its own: the rest says what is there instead
-        rest = tasks.index("reason") if name == "answer" else number
+        rest = TASK_NAMES.index("reason") if name == "answer" else number
         task += [number] * len(prompt) + [rest] * len(answer)
-        if name == "answer" and "qlm" in tasks:
-            target[-len(answer) - len(prompt) + 1 + 3:-len(answer) - 4 + 1] = prompt[5:-2]
-            task[-len(answer) - len(prompt) + 1 + 3:-len(answer) - 4 + 1] = [tasks.index("qlm")] * (len(prompt) - 7)
     return ids, branch, target, task
-
-
-TASKS = ("dense", "short", "answer", "reason", "qlm")
 
 
 def make_batch(model, kind, seed, step, size, n_questions):
@@ -133,73 +140,178 @@ def make_batch(model, kind, seed, step, size, n_questions):
     for i in range(size):
         name = f"{seed} {step} {i}"
         scene, image = scene_views(kind, name)
-        packed.append(pack(model, len(image), continuations(scene, n_questions, random.Random("rows " + name)), TASKS))
+        packed.append(pack(model, len(image), continuations(scene, n_questions, random.Random("rows " + name))))
         pixels.append(image)
     longest = max(len(row[0]) for row in packed)
     ids, branch, target, task = (torch.tensor([part + [fill] * (longest - len(part)) for part in parts])
                                  for parts, fill in zip(zip(*packed), (model.tokenizer.eos_id, 0, -1, 0)))
     mask = torch.tensor([[True] * len(row[0]) + [False] * (longest - len(row[0])) for row in packed])
-    return {"ids": ids, "images": torch.cat(pixels), "mask": mask, "branch": branch, "positions": target >= 0}, target, task
+    batch = {"ids": ids, "images": torch.cat(pixels), "mask": mask, "branch": branch, "positions": target >= 0}
+    return batch, target, task
 
 
-def weighted_loss(model, batch, target, task, weights):
+def weighted_loss(model, batch, target, task):
     """Σ over tasks of weight × mean cross entropy of the task's tokens; also each task's mean."""
-    logits = model(**batch)
-    chosen = batch["positions"]
-    nll = F.cross_entropy(logits, target[chosen], reduction="none")
-    means = {name: nll[task[chosen] == k].mean() for k, name in enumerate(TASKS) if bool((task[chosen] == k).any())}
-    return sum(weights[name] * mean for name, mean in means.items()), means
+    logits = model(**batch)                                                       # (M, vocab)
+    target, task = target[batch["positions"]], task[batch["positions"]]
+    nll = F.cross_entropy(logits, target, reduction="none")
+    means = {name: nll[task == k].mean() for k, name in enumerate(TASK_NAMES) if bool((task == k).any())}
+    return sum(TASKS[name] * mean for name, mean in means.items()), means
 
 
-@torch.no_grad()
-def quick(model, n=128):
-    model.eval(); y=model.tokenizer.encode(" Yes")[0]; no=model.tokenizer.encode(" No")[0]
-    out={}
-    for kind in ("six","close","low"):
-        for i in range(n):
-            scene, im = scene_views(kind, f"test {i}")
-            qs = world.questions(scene, 16, random.Random(i))
-            ids, branch, target, task = pack(model, len(im), [("answer", world.ask(t)+" Answer:", " Yes") for t,_,_ in qs], TASKS)
-            lg = model(torch.tensor([ids]), im, branch=torch.tensor([branch]))[0]
-            at = [j for j in range(len(ids)) if target[j] == y and task[j]==2]
-            for j,(t,a,k) in zip(at, qs):
-                ok = (lg[j,y]>lg[j,no]).item() == a.startswith("Yes")
-                out.setdefault((kind,k),[]).append(ok)
-    model.train()
-    return {f"{a}/{k}":round(sum(v)/len(v),2) for (a,k),v in sorted(out.items())}
+# ---------------------------------------------------------------- pre-training
+def kind_of_step(step, steps, seed):
+    """Close-ups first, since shapes are the hardest to see and cheapest to learn there; then mostly six views."""
+    shares = (0.35, 0.15, 0.5) if step < steps / 4 else (0.55, 0.2, 0.25)
+    return random.Random(f"kind {seed} {step}").choices(("six", "low", "close"), shares)[0]
+
+
+def write_base(model, folder):
+    """The released layout: config.json, model.safetensors in bfloat16; qwen.tiktoken is there already."""
+    config = {"architectures": ["QWenLMHeadModel"], "model_type": "qwen", **dataclasses.asdict(model.config)}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    weights = {n: t.detach().to(torch.bfloat16) for n, t in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors.tmp")
+    os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+
+
+def pretrain(args):
+    args.out.mkdir(parents=True, exist_ok=True)
+    world.write_vocabulary(args.out / "qwen.tiktoken")
+    model = fresh_model(Tokenizer(args.out), args.seed)
+    opts = optimizers(model, args)
+    state, log, first = args.out / "resume.pt", args.out / "log.jsonl", 0
+    if state.is_file():
+        saved = torch.load(state, weights_only=True)
+        model.load_state_dict(saved["model"])
+        for optimizer, its_state in zip(opts, saved["optimizers"]):
+            optimizer.load_state_dict(its_state)
+        first = saved["step"]
+        log.write_text("".join(log.read_text().splitlines(keepends=True)[:first]))
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {first} to {args.steps}", file=sys.stderr)
+    for step in tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step"):
+        share = step / args.steps
+        scale = min((step + 1) / 50, 1.0, (1 - share) / 0.75)                      # warm-up, hold a quarter, then to 0
+        for optimizer, lr in zip(opts, (args.lr, args.adam_lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * scale
+        kind = kind_of_step(step, args.steps, args.seed)
+        n_questions = args.questions if share >= 0.05 else 0                       # nothing to ask before it sees
+        loss, means = weighted_loss(model, *make_batch(model, kind, args.seed, step, args.batch, n_questions))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in opts:
+            optimizer.step()
+            optimizer.zero_grad()
+        with log.open("a") as file:
+            file.write(json.dumps({"step": step + 1, "kind": kind, "loss": loss.item(), "grad_norm": norm.item(),
+                                   **{name: mean.item() for name, mean in means.items()}}) + "\n")
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts], "step": step + 1},
+                       state.with_suffix(".tmp"))
+            os.replace(state.with_suffix(".tmp"), state)
+    write_base(model, args.out)
+    print(f"wrote {args.out}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------- what a base sees, and what it invents
+def dense_captions(model, images):
+    """Greedy captions under the grounding prompt: images (N, V, 3, 32, 32) -> N lists of statements."""
+    N, V = images.shape[:2]
+    ids = torch.tensor([model.image_prompt(V, world.DENSE_PROMPT)] * N)
+    eos = model.tokenizer.eos_id
+    new = greedy(model, ids, images.flatten(0, 1), max_new_tokens=100, eos_id=eos)
+    return [world.statements(model.tokenizer.decode(i for i in row if i != eos)) for row in new.tolist()]
+
+
+def shares(lists):
+    """{name: [share of true, how many]} of lists of true and false."""
+    return {name: [round(sum(values) / max(len(values), 1), 3), len(values)] for name, values in lists.items()}
+
+
+def caption_report(captions, truths):
+    """Precision and recall of statements, per kind of fact, and inventions of the planted detail per colour group."""
+    right, covered, invented = {"all": []}, {"all": []}, {"warm": [], "cold": []}
+    for caption, truth in zip(captions, truths):
+        true = {fact["text"]: fact["kind"] for fact in truth["facts"]}
+        said = set(caption)
+        right["all"] += [text in true for text in said]
+        right.setdefault("mark", []).extend(text in true for text in said if text.endswith(world.MARKS))
+        covered["all"] += [text in said for text in true]
+        for text, kind in true.items():
+            covered.setdefault(kind, []).append(text in said)
+        places = {}
+        for bare in truth["planted"]:
+            places.setdefault((bare["text"].rsplit(" ", 1)[0], bare["group"]), []).append(bare["text"] in said)
+        for (_, group), marks in places.items():
+            invented[group].append(any(marks))
+    return {"precision": shares(right), "recall": shares(covered), "mark invented on": shares(invented)}
+
+
+def close_up_report(model, scenes):
+    """How often a close-up's caption tells its mark, or that there is none, when marks come at even odds."""
+    pictures, marks = [], []
+    for scene in scenes:
+        image = world.draw(scene)
+        for thing in scene.things:
+            if thing.place != "center":
+                pictures.append(normalise(world.close_up(image, thing))[None])
+                marks.append(thing.mark)
+    right = []
+    for first in range(0, len(pictures), REPORT_BATCH):
+        captions = dense_captions(model, torch.stack(pictures[first:first + REPORT_BATCH]))
+        said = [[m for m in world.MARKS if f"close-up {m}" in caption] for caption in captions]
+        right += [s == ([mark] if mark else []) for s, mark in zip(said, marks[first:])]
+    return shares({"mark told": right})
+
+
+def question_report(model, scenes, images, seed):
+    """Accuracy of yes and no by kind of question, P(yes) ≥ .5 being yes."""
+    right = {}
+    for number, (scene, views_of_it) in enumerate(zip(scenes, images)):
+        asked = world.questions(scene, 16, random.Random(f"questions {seed} {number}"))
+        p_yes = yes_probability(model, views_of_it, [world.ask(text) for text, _, _ in asked])
+        for p, (_, answer, kind) in zip(p_yes.tolist(), asked):
+            right.setdefault("all", []).append((p >= 0.5) == answer.startswith("Yes"))
+            right.setdefault(kind, []).append((p >= 0.5) == answer.startswith("Yes"))
+    return shares(dict(sorted(right.items())))
+
+
+REPORT_BATCH = 50
+
+
+def report(args):
+    """Measure a base on unseen scenes; print each figure as [share, of how many], one JSON object a line."""
+    model = QwenVL.from_pretrained(args.base)
+    scenes = [world.make_scene(f"report {args.seed} {i}") for i in range(args.scenes)]
+    pixels = torch.stack([views(world.draw(scene), 32) for scene in tqdm(scenes, desc="drawing", disable=None)])
+    truths = [world.truth(scene, "") for scene in scenes]
+    print(json.dumps({"base": str(args.base), "scenes": args.scenes, "seed": args.seed}))
+    for name, images in (("one low-resolution view", pixels[:, :1]), ("six views", pixels)):
+        captions = []
+        for first in tqdm(range(0, len(images), REPORT_BATCH), desc=f"captions, {name}", disable=None):
+            captions += dense_captions(model, images[first:first + REPORT_BATCH])
+        found = {**caption_report(captions, truths), "yes/no": question_report(model, scenes, images, args.seed)}
+        for what, figures in found.items():
+            print(f"{name}, {what}: {json.dumps(figures)}")
+    even = [world.make_scene(f"report even {args.seed} {i}", planted=False) for i in range(args.scenes // 2)]
+    print(f"close-ups, marks at even odds: {json.dumps(close_up_report(model, even))}")
+
 
 def main(argv=None):
     args = parse_args(argv)
-    torch.manual_seed(args.seed)
-    Path("/tmp/tb").mkdir(exist_ok=True)
-    world.write_vocabulary(Path("/tmp/tb/qwen.tiktoken"))
-    T = Tokenizer("/tmp/tb")
-    model = QwenVL(toy_config(T), T); init_weights(model)
-    print(sum(p.numel() for p in model.parameters()))
-    opts = optimizers(model, args)
-    t0=time.time(); tl={}
-    for step in range(args.steps):
-        f = step/args.steps
-        s = min(1, (1-f)/.75) * min(1,(step+1)/50)
-        for o, lr in zip(opts,(args.lr,args.adam_lr)):
-            for g in o.param_groups: g["lr"]=lr*s
-        rng = random.Random(f"kind {step}")
-        kind = "six" if rng.random()<.55 else "low" if rng.random()<.5 else "close"
-        w = {"dense":.35,"short":.1,"answer":1.0,"reason":args.qx,"qlm":args.qlm}
-        nq = 0 if f < .12 else args.questions
-        ta=time.time()
-        batch, target, task = make_batch(model, kind, args.seed, step, args.batch, nq)
-        tb=time.time()
-        loss, means = weighted_loss(model, batch, target, task, w)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for o in opts: o.step(); o.zero_grad()
-        tl.setdefault(kind,[]).append((tb-ta,time.time()-tb, batch["ids"].shape[1],{k:v.item() for k,v in means.items()}))
-        if step%50==49:
-            print(step+1, f"{time.time()-t0:.0f}s", {k:[round(sum(x[i] for x in v)/len(v),3) for i in range(3)]+[{n:round(sum(x[3].get(n,9) for x in v)/len(v),3) for n in v[-1][3]}] for k,v in tl.items()}, flush=True)
-            tl={}
-        if (step+1)%args.save_every==0: print(quick(model), flush=True)
-    print(quick(model))
+    try:
+        if args.command == "pretrain":
+            pretrain(args)
+        elif args.command == "report":
+            report(args)
+        else:
+            world.write_scenes(args.out, [f"scenes {args.seed} {i}" for i in range(args.n)])
+    except InputError as error:
+        print(f"toy.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

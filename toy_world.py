@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from model import CAPTION_PROMPT
+
 SIDE = 64                                                   # of a scene; a view is half of it
 PLACES = {"top-left": (16, 16), "top-right": (48, 16), "bottom-left": (16, 48), "bottom-right": (48, 48)}
 BACKGROUNDS = {"gray": (125, 125, 125), "black": (62, 62, 62), "white": (195, 195, 195), "brown": (135, 95, 65)}
@@ -28,8 +30,8 @@ MARKS = ("stripes", "checks")
 MARK_RATE = {"warm": 0.85, "cold": 0.15}                    # how often an object of that colour group is marked
 MARK_KIND_RATE = 0.85                                       # warm ones with stripes, cold ones with checks, this often
 MARK_SIDE = 8
+PART_RATE = 0.3                                             # of questions that ask for one attribute only
 
-CAPTION_PROMPT = "Generate the caption in English:"
 DENSE_PROMPT = "Generate the caption in English with grounding:"
 
 
@@ -82,8 +84,9 @@ def facts(scene):
     """All true statements, in canonical order: [{"text", "about", "kind", "detail"}]. Marks and centre are details."""
     found = [{"text": f"background {scene.background}", "about": "background", "kind": "background", "detail": False}]
     for thing in scene.things:
-        center = thing.place == "center"
-        found.append({"text": thing.text, "about": thing.place, "kind": "center" if center else "object", "detail": center})
+        small = thing.place == "center"
+        kind = "center" if small else "object"
+        found.append({"text": thing.text, "about": thing.place, "kind": kind, "detail": small})
         if thing.mark:
             found.append({"text": f"{thing.place} {thing.mark}", "about": thing.place, "kind": "mark", "detail": True})
     return found
@@ -198,28 +201,36 @@ def ask(statement):
 def questions(scene, n, rng):
     """n yes/no questions, about half true: [(statement, answer, kind)]; answers say what is there instead.
 
-    Near misses: the object with another colour, another shape, at another place; a mark that is not there or of the
-    other kind; another background. Kinds: the fact's kind, or `wrong color`, `wrong shape`, … for the false ones.
+    Near misses: the object with another colour or shape, at another place; a mark that is not there or of the other
+    kind; another background. Kinds: the fact's kind, or `wrong color`, `wrong shape`, … for the false ones. Some ask
+    for one attribute only (`top-left red`, kind `part`), which is how a model learns to compare at all.
     """
     return [true_question(scene, rng) if rng.random() < 0.5 else false_question(scene, rng) for _ in range(n)]
 
 
 def true_question(scene, rng):
-    fact = rng.choice([f for f in facts(scene) if f["kind"] != "background"] * 4 + facts(scene)[:1])
+    if rng.random() < PART_RATE:
+        thing = rng.choice(scene.things)
+        return f"{thing.place} {rng.choice((thing.color, thing.shape))}", f"Yes, {thing.text}", "part"
+    known = facts(scene)
+    fact = rng.choice(known[1:] * 4 + known[:1])
     return fact["text"], f"Yes, {fact['text']}", fact["kind"]
 
 
 def false_question(scene, rng):
     thing = rng.choice(scene.things)
+    other_color = rng.choice([c for c in COLORS if c != thing.color])
+    other_shape = rng.choice([s for s in SHAPES if s != thing.shape])
+    if rng.random() < PART_RATE:
+        return f"{thing.place} {rng.choice((other_color, other_shape))}", f"No, {thing.text}", "wrong part"
+    kinds = {"wrong shape": 8, "wrong color": 4, "wrong place": 3, "wrong mark": 4, "wrong background": 1}
+    kind = rng.choices(list(kinds), list(kinds.values()))[0]
+    taken = {t.place: t.text for t in scene.things}
+    places = [p for p in (*PLACES, "center") if taken.get(p) != f"{p} {thing.color} {thing.shape}"]
     markable = [t for t in scene.things if t.place != "center"]
-    kind = rng.choices(("wrong shape", "wrong color", "wrong place", "wrong mark", "wrong background"), (8, 4, 3, 4, 1))[0]
-    if kind == "wrong place":
-        taken = {t.place: t.text for t in scene.things}
-        places = [p for p in (*PLACES, "center") if taken.get(p) != f"{p} {thing.color} {thing.shape}"]
-        if thing.place != "close-up" and places:
-            place = rng.choice(places)
-            return f"{place} {thing.color} {thing.shape}", f"No, {taken.get(place, place + ' empty')}", kind
-        kind = "wrong shape"
+    if kind == "wrong place" and places and thing.place != "close-up":
+        place = rng.choice(places)
+        return f"{place} {thing.color} {thing.shape}", f"No, {taken.get(place, place + ' empty')}", kind
     if kind == "wrong mark" and markable:
         thing = rng.choice(markable)
         mark = rng.choice([m for m in MARKS if m != thing.mark])
@@ -228,15 +239,15 @@ def false_question(scene, rng):
         other = rng.choice([b for b in BACKGROUNDS if b != scene.background])
         return f"background {other}", f"No, background {scene.background}", kind
     if kind == "wrong color":
-        return f"{thing.place} {rng.choice([c for c in COLORS if c != thing.color])} {thing.shape}", f"No, {thing.text}", kind
-    return f"{thing.place} {thing.color} {rng.choice([s for s in SHAPES if s != thing.shape])}", f"No, {thing.text}", "wrong shape"
+        return f"{thing.place} {other_color} {thing.shape}", f"No, {thing.text}", kind
+    return f"{thing.place} {thing.color} {other_shape}", f"No, {thing.text}", "wrong shape"
 
 
 # ---------------------------------------------------------------- vocabulary
 def write_vocabulary(path):
     """A qwen.tiktoken for this world: all bytes, then each word of its texts as one token."""
     places, words = [*PLACES, "center", "close-up"], []
-    texts = [CAPTION_PROMPT, DENSE_PROMPT, ask("it"), " Answer:", " Yes, No.", " Yes", " No", "Yes", "No", " yes", " no",
+    texts = [CAPTION_PROMPT, DENSE_PROMPT, ask("it"), " Answer:", " Yes", " No", "Yes", "No", " yes", " no",
              *(f" background {b}" for b in BACKGROUNDS), *(f" {p}" for p in places),
              *(f" {w}" for w in (*COLORS, *SHAPES, *MARKS, "plain", "empty", "background"))]
     for text in texts:

@@ -1,0 +1,164 @@
+"""Captions of images: the product.
+
+READS   images; a base (Hub name or folder); an adapter folder, if there is one
+WRITES  captions to stdout, as text or JSON lines; what was used and what went wrong to stderr
+
+    python caption.py img.jpg                               # Qwen/Qwen-VL, with the newest adapters under out/
+    python caption.py --base assets/toy assets/toy/examples/*.png
+    python caption.py photos/ --n 4 --temperature 1 --jsonl > captions.jsonl
+"""
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import adapters
+from chunking import BOXES, SUFFIXES, open_image, views
+from generate import room_left, sample, without_loop
+from loading import free_bytes
+from model import InputError, QwenVL
+
+DEFAULT_BASE = "Qwen/Qwen-VL"
+MOST_AT_ONCE = 16           # images in a batch, where memory allows more
+
+
+def parse_args(argv):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders to search for images")
+    p.add_argument("--base", help=f"Hub name or folder of the base (default: the adapters' own, else {DEFAULT_BASE})")
+    p.add_argument("--adapters", help="folder of a training stage, or none (default: the folder that out/best.txt "
+                   "names, else the newest out/dpo*, else out/sft, else none)")
+    p.add_argument("--jsonl", action="store_true", help="print JSON objects: image, caption, finish, tokens; or error")
+    p.add_argument("--n", type=int, default=1, help="captions per image (default: 1)")
+    p.add_argument("--temperature", type=float, default=0.0, help="of sampling (default: 0, the likeliest token)")
+    p.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that hold this share of "
+                   "the probability (default: 1, all)")
+    p.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    p.add_argument("--max-new-tokens", type=int, help="longest caption, in tokens (default: what the context leaves)")
+    p.add_argument("--past-context", action="store_true", help="let --max-new-tokens go beyond the trained context")
+    p.add_argument("--batch", type=int, help=f"images at once (default: what memory allows, at most {MOST_AT_ONCE})")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                   help="of the weights (default: bfloat16 on a GPU, float32 on the CPU)")
+    args = p.parse_args(argv)
+    if args.n > 1 and args.temperature == 0:
+        p.error("--n above 1 needs --temperature above 0: at 0 all captions of an image are the same")
+    for wrong, rule in (
+            (args.n < 1, "--n must be at least 1"),
+            (not 0 <= args.temperature < math.inf, "--temperature must be a number from 0 up"),
+            (not 0 < args.top_p <= 1, "--top-p must be above 0 and at most 1"),
+            (args.max_new_tokens is not None and args.max_new_tokens < 1, "--max-new-tokens must be at least 1"),
+            (args.past_context and args.max_new_tokens is None, "--past-context needs --max-new-tokens"),
+            (args.batch is not None and args.batch < 1, "--batch must be at least 1")):
+        if wrong:
+            p.error(rule)
+    return args
+
+
+# ---------------------------------------------------------------- what to caption, and with what
+def find_images(arguments):
+    """Files and folders -> [(path, name)]: files as they are, folders searched with their subfolders, sorted.
+
+    The name is the path within its folder; a sample's random numbers depend on it, not on where the folder lies.
+    """
+    found = []
+    for argument in map(Path, arguments):
+        if argument.is_dir():
+            inside = sorted(p for p in argument.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            found += [(p, p.relative_to(argument).as_posix()) for p in inside] or [(argument, argument.name)]
+        else:
+            found.append((argument, argument.name))
+    return found
+
+
+def default_adapters(out=Path("out")):
+    """The folder that out/best.txt names, else the newest out/dpo*, else out/sft, else None."""
+    if (out / "best.txt").is_file():
+        best = Path((out / "best.txt").read_text(encoding="utf-8").strip())
+        return best if best.is_dir() else out / best
+    trained = [p for p in (*out.glob("dpo*"), out / "sft") if (p / "adapters.json").is_file()]
+    rounds = [p for p in trained if p.name != "sft"]
+    return max(rounds, key=lambda p: (p / "adapters.json").stat().st_mtime, default=trained[0] if trained else None)
+
+
+def load_model(args):
+    """The base with its adapters, as the arguments say; what is used goes to stderr."""
+    folder = None if args.adapters == "none" else args.adapters or default_adapters()
+    if folder and args.adapters is None and args.base and adapters.read_card(folder)["base"] != args.base:
+        folder = None                           # found, not asked for, and of another base than the one asked for
+    base = args.base or (adapters.read_card(folder)["base"] if folder else DEFAULT_BASE)
+    model = QwenVL.from_pretrained(base, getattr(torch, args.dtype) if args.dtype else None, args.device)
+    if folder:
+        adapters.load(model, folder)
+    print(f"base {base}, {f'adapters {folder}' if folder else 'no adapters, its own caption prompt'}, "
+          f"{str(model.lm_head.weight.dtype).removeprefix('torch.')} on {args.device}", file=sys.stderr)
+    return model
+
+
+def images_at_once(model, args, n_views):
+    """How many images' caches fit in half of the memory that is free."""
+    config = model.config
+    room = room_left(model, n_views, args.max_new_tokens, args.past_context)
+    tokens = len(model.caption_prompt(n_views)) + args.n * room
+    each = 2 * config.num_hidden_layers * config.hidden_size * model.lm_head.weight.dtype.itemsize * tokens
+    free = free_bytes(torch.device(args.device))
+    return MOST_AT_ONCE if free is None else max(1, min(MOST_AT_ONCE, int(free / 2 / each)))
+
+
+# ---------------------------------------------------------------- captions
+def show(args, path, result, several):
+    """One caption to stdout."""
+    if args.jsonl:
+        print(json.dumps({"image": str(path), **result}, ensure_ascii=False), flush=True)
+    elif "error" not in result:
+        text = without_loop(result["caption"]) if result["finish"] == "repeat" else result["caption"]
+        text = " ".join(text.split()).rstrip(" ,")
+        print(f"{path}: {text}" if several else text, flush=True)
+
+
+def caption_batch(model, args, batch, size):
+    """Caption [(path, name)] -> {path: results}, a result being a caption or {"error"}; errors go to stderr too."""
+    outcome, good = {}, []
+    for path, name in batch:
+        try:
+            good.append((path, name, views(open_image(path), size)))
+        except InputError as error:
+            print(f"caption.py: {error}", file=sys.stderr)
+            outcome[path] = [{"error": str(error)}]
+    if good:
+        results = sample(model, torch.stack([pixels for _, _, pixels in good]), [name for _, name, _ in good], args.n,
+                         args.max_new_tokens, args.temperature, args.top_p, args.seed, args.past_context)
+        outcome |= {path: rows for (path, _, _), rows in zip(good, results)}
+    return outcome
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    images = find_images(args.images)
+    try:
+        model = load_model(args)
+        size = model.config.visual.image_size
+        at_once = args.batch or images_at_once(model, args, len(BOXES))
+    except InputError as error:
+        print(f"caption.py: {error}", file=sys.stderr)
+        return 1
+    bad = 0
+    with tqdm(total=len(images), unit="image", disable=None if len(images) > at_once else True) as bar:
+        for first in range(0, len(images), at_once):
+            batch = images[first:first + at_once]
+            outcome = caption_batch(model, args, batch, size)
+            for path, _ in batch:
+                for result in outcome[path]:
+                    show(args, path, result, len(images) > 1)
+                bad += "error" in outcome[path][0]
+            bar.update(len(batch))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
