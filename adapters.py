@@ -103,8 +103,11 @@ def active(model, names):
 # ---------------------------------------------------------------- adapter folders
 def folder_hash(folder):
     """sha256 of a folder's trained tensors: what a later stage remembers of its parent."""
+    digest = hashlib.sha256()
     with (Path(folder) / "adapters.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_card(folder):

@@ -46,14 +46,16 @@ def read_config(path):
     wants = "this code runs Qwen/Qwen-VL (the 2023 float model, or a folder in its layout)"
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as a model configuration ({error}); {wants}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: is not a JSON object; {wants}")
     kind = raw.get("model_type", "qwen")
     if kind != "qwen" or not isinstance(raw.get("visual"), dict):
-        name = (raw.get("architectures") or [kind])[0]
-        raise InputError(f"{path}: is a {name} model{'' if kind != 'qwen' else ' without a vision tower'}; {wants}")
+        names = raw.get("architectures")
+        name = names[0] if isinstance(names, list) and names else kind
+        lacks = " without a vision tower" if kind == "qwen" else ""
+        raise InputError(f"{path}: is a {' '.join(str(name).split())} model{lacks}; {wants}")
     if quantised := raw.get("quantization_config"):
         method = quantised.get("quant_method", "quantized") if isinstance(quantised, dict) else quantised
         raise InputError(f"{path}: is an Int4/{str(method).upper()} checkpoint; {wants}")

@@ -14,8 +14,9 @@ Letters for shapes, here and in all other files: B batch, N images, V views of a
 P patches, Q queries of the resampler, L tokens, D width, H heads, R bottleneck of an adapter.
 """
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -64,13 +65,21 @@ class Config:
 
     def __post_init__(self):
         v = self.visual
-        for holds, rule in ((self.kv_channels * self.num_attention_heads == self.hidden_size,
-                             "kv_channels × num_attention_heads must equal hidden_size"),
-                            (v.output_dim == self.hidden_size, "visual.output_dim must equal hidden_size"),
-                            (v.output_dim % 128 == 0, "visual.output_dim must be a multiple of 128"),
-                            (v.width % v.heads == 0, "visual.width must be a multiple of visual.heads"),
-                            (math.isqrt(v.n_queries) ** 2 == v.n_queries, "visual.n_queries must be a square"),
-                            (v.image_size % v.patch_size == 0, "visual.patch_size must divide visual.image_size")):
+        for part, where in ((self, ""), (v, "visual.")):
+            for f in fields(part):
+                value, wanted = getattr(part, f.name), {float: (int, float)}.get(f.type, f.type)
+                fits = isinstance(value, wanted) and isinstance(value, bool) == (f.type is bool)
+                if not fits or (f.type in (int, float) and not 0 < value < math.inf):
+                    raise InputError(f"config.json: {where}{f.name} is {value!r}, want a {f.type.__name__} above 0")
+        for holds, rule in (
+                (self.kv_channels > 2 and self.kv_channels % 2 == 0, "kv_channels must be even and above 2"),
+                (self.kv_channels * self.num_attention_heads == self.hidden_size,
+                 "kv_channels × num_attention_heads must equal hidden_size"),
+                (v.output_dim == self.hidden_size, "visual.output_dim must equal hidden_size"),
+                (v.output_dim % 128 == 0, "visual.output_dim must be a multiple of 128"),
+                (v.width % v.heads == 0, "visual.width must be a multiple of visual.heads"),
+                (math.isqrt(v.n_queries) ** 2 == v.n_queries, "visual.n_queries must be a square"),
+                (v.image_size % v.patch_size == 0, "visual.patch_size must divide visual.image_size")):
             if not holds:
                 raise InputError(f"config.json: {rule}")
 
@@ -113,11 +122,16 @@ def resize_table(table, n):
 
 def sincos_table(side, width):
     """Fixed 2-D sine-cosine positions (side², width): the first half for the column, the second for the row (MAE)."""
-    omega = 10000.0 ** -(torch.arange(width // 4) / (width / 4))
-    angles = torch.arange(side)[:, None] * omega                                   # (side, width/4)
-    half = torch.cat([angles.sin(), angles.cos()], dim=1)
-    column, row = half.repeat(side, 1), half.repeat_interleave(side, dim=0)
-    return torch.cat([column, row], dim=1)
+    omega = 1 / 10000 ** (np.arange(width // 4, dtype=np.float32) / np.float32(width / 4))
+    angles = np.arange(side, dtype=np.float32)[:, None] * omega                    # (side, width/4)
+    half = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    column, row = np.tile(half, (side, 1)), np.repeat(half, side, axis=0)
+    return torch.from_numpy(np.concatenate([column, row], axis=1))
+
+
+def drawn(*shape, std):
+    """A parameter for training from scratch (trunc_normal_, as normal_ on the meta device costs seconds of imports)."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=std))
 
 
 class VisionAttention(nn.Module):
@@ -160,24 +174,46 @@ class VisionBlock(nn.Module):
         return x + self.mlp_slot(self.mlp(self.ln_2(x)))
 
 
+class CrossAttention(nn.Module):
+    """Queries (Q, D) that all images share, keys and values (N, P, D) -> (N, Q, D); q, k, v weights in three blocks.
+
+    Tensors are named as in nn.MultiheadAttention. That class itself rounds differently once its weights are frozen.
+    """
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def forward(self, query, key, value):
+        N, _, D = key.shape
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q, k, v = (F.linear(x, weight, bias).view(-1, x.shape[-2], self.heads, D // self.heads).transpose(1, 2)
+                   for x, weight, bias in zip((query, key, value), weights, biases))
+        y = F.scaled_dot_product_attention(q.expand(N, -1, -1, -1), k, v)          # (N, H, Q, D/H)
+        return self.out_proj(y.transpose(1, 2).reshape(N, -1, D))
+
+
 class Resampler(nn.Module):
     """One cross-attention from Q learned queries to the P patches: (N, P, width) -> (N, Q, D)."""
 
     def __init__(self, c):
         super().__init__()
         D = c.output_dim
-        self.query = nn.Parameter(torch.randn(c.n_queries, D) * 0.02)
+        self.query = drawn(c.n_queries, D, std=0.02)
         self.register_buffer("pos_embed", sincos_table(math.isqrt(c.n_queries), D))
         self.kv_proj = nn.Linear(c.width, D, bias=False) if c.width != D else nn.Identity()
-        self.attn = nn.MultiheadAttention(D, D // 128, batch_first=True)
+        self.attn = CrossAttention(D, D // 128)
         self.ln_q = nn.LayerNorm(D, eps=1e-6)
         self.ln_kv = nn.LayerNorm(D, eps=1e-6)
 
     def forward(self, x):
         x = self.ln_kv(self.kv_proj(x))
-        q = (self.ln_q(self.query) + self.pos_embed).expand(len(x), -1, -1)
         # keys know where they are, values do not
-        return self.attn(q, x + resize_table(self.pos_embed, x.shape[1]), x, need_weights=False)[0]
+        return self.attn(self.ln_q(self.query) + self.pos_embed, x + resize_table(self.pos_embed, x.shape[1]), x)
 
 
 class VisionTransformer(nn.Module):
@@ -187,12 +223,12 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, c.width, c.patch_size, stride=c.patch_size, bias=False)
         # the table belongs to 224 px (16 × 16 patches) in every configuration, and is resized on the way
-        self.positional_embedding = nn.Parameter(torch.randn(256, c.width) * c.width ** -0.5)
+        self.positional_embedding = drawn(256, c.width, std=c.width ** -0.5)
         self.ln_pre = nn.LayerNorm(c.width, eps=1e-6)
         self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList(VisionBlock(c) for _ in range(c.layers))})
         self.attn_pool = Resampler(c)
         self.ln_post = nn.LayerNorm(c.output_dim, eps=1e-6)
-        self.proj = nn.Parameter(torch.randn(c.output_dim, c.output_dim) * c.output_dim ** -0.5)
+        self.proj = drawn(c.output_dim, c.output_dim, std=c.output_dim ** -0.5)
 
     def forward(self, images, checkpointing=False):
         x = self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)   # (N, P, width)
@@ -343,7 +379,7 @@ def ntk_alphas(place, mask, branch, seq_length):
 class Transformer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.wte = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.wte = nn.Embedding(c.vocab_size, c.hidden_size, _weight=drawn(c.vocab_size, c.hidden_size, std=0.02))
         self.h = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.ln_f = RMSNorm(c.hidden_size, c.layer_norm_epsilon)
         self.visual = VisionTransformer(c.visual)
@@ -365,8 +401,8 @@ class QwenVL(nn.Module):
     def from_pretrained(cls, name_or_dir, dtype=None, device="cpu"):
         """A Hub name, or a folder with config.json, safetensors or .bin weights and qwen.tiktoken -> the model.
 
-        In eval mode. dtype None is bfloat16 on a GPU and float32 on the CPU. InputError, in one line, for anything that is missing,
-        left over, misshaped, of another architecture, or too large for the device.
+        In eval mode. dtype None is bfloat16 on a GPU and float32 on the CPU. InputError, in one line, for anything that
+        is missing, left over, misshaped, of another architecture, or too large for the device.
         """
         device = loading.usable_device(device)
         dtype = dtype or loading.usual_dtype(device)
@@ -408,6 +444,10 @@ class QwenVL(nn.Module):
             raise ValueError(f"ids hold {len(row)} image spans, but {n_images} images were given")
         if n_images == 0:
             return x
+        S, patch = images.shape[-1], self.config.visual.patch_size
+        if images.shape[1:] != (3, S, S) or S % patch or not images.is_floating_point():
+            raise ValueError(f"images must be (N, 3, S, S) normalised, S a multiple of {patch}; got "
+                             f"{tuple(images.shape)} {images.dtype}")
         if int(column.max()) + Q + 1 >= L or bool((ids[row, column + Q + 1] != start + 1).any()):
             raise ValueError(f"an image span must be <img>, {Q} slots and </img>")
         vectors = self.transformer.visual(images.to(x.device), self.checkpointing)    # (N, Q, D)
@@ -432,6 +472,8 @@ class QwenVL(nn.Module):
         Dynamic NTK and logn act in eval mode only, by each sequence's logical length, as in the original code.
         """
         config, alphas = self.config, None
+        if ids.ndim != 2 or ids.shape[1] == 0 or any(t is not None and t.shape != ids.shape for t in (mask, branch)):
+            raise ValueError(f"ids, mask and branch must all be (B, L) with L ≥ 1; ids are {tuple(ids.shape)}")
         if cache is not None and cache.filled:                                        # one new token per sequence
             x, place, allowed, alpha = self.transformer.wte(ids), cache.place(ids), None, cache.alpha
         else:

@@ -36,7 +36,7 @@ def parse_args(argv):
     commands = parser.add_subparsers(dest="command", required=True, metavar="pretrain | report | scenes")
     p = commands.add_parser("pretrain", help="train the toy base", formatter_class=plain)
     p.add_argument("--out", type=Path, default=Path("out/toy-base"), help="folder of the base")
-    p.add_argument("--steps", type=int, default=9000, help="optimizer steps")
+    p.add_argument("--steps", type=int, default=6000, help="optimizer steps")
     p.add_argument("--batch", type=int, default=32, help="images per step")
     p.add_argument("--questions", type=int, default=8, help="yes/no questions per image")
     p.add_argument("--lr", type=float, default=0.0025, help="peak learning rate of Muon, for matrices")
@@ -60,7 +60,7 @@ def toy_config(tokenizer):
     vision = VisionConfig(image_size=32, patch_size=8, width=96, layers=3, heads=3, mlp_ratio=4.0, output_dim=128,
                           image_start_id=tokenizer.image_start_id, n_queries=4)
     return Config(vocab_size=64 * math.ceil(tokenizer.n_vocab / 64), hidden_size=128, num_hidden_layers=4,
-                  num_attention_heads=4, kv_channels=32, intermediate_size=704, seq_length=512, visual=vision)
+                  num_attention_heads=4, kv_channels=32, intermediate_size=704, seq_length=256, visual=vision)
 
 
 def fresh_model(tokenizer, seed):

@@ -246,11 +246,9 @@ def false_question(scene, rng):
 # ---------------------------------------------------------------- vocabulary
 def write_vocabulary(path):
     """A qwen.tiktoken for this world: all bytes, then each word of its texts as one token."""
-    places, words = [*PLACES, "center", "close-up"], []
-    texts = [CAPTION_PROMPT, DENSE_PROMPT, ask("it"), " Answer:", " Yes", " No", "Yes", "No", " yes", " no",
-             *(f" background {b}" for b in BACKGROUNDS), *(f" {p}" for p in places),
-             *(f" {w}" for w in (*COLORS, *SHAPES, *MARKS, "plain", "empty", "background"))]
-    for text in texts:
-        words += re.findall(r"[^A-Za-z]?[A-Za-z]+", text)
+    names = " ".join([*BACKGROUNDS, *PLACES, *COLORS, *SHAPES, *MARKS])
+    texts = [CAPTION_PROMPT, DENSE_PROMPT, ask("it"), " Answer: Yes No yes no", "Yes", "No", "yes", "no",
+             f" {names} center close-up background plain empty"]
+    words = [word for text in texts for word in re.findall(r"[^A-Za-z]?[A-Za-z]+", text)]
     tokens = [bytes([b]) for b in range(256)] + [w.encode() for w in dict.fromkeys(words)]
     path.write_text("".join(f"{base64.b64encode(t).decode()} {rank}\n" for rank, t in enumerate(tokens)))

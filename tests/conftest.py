@@ -9,6 +9,8 @@ from safetensors.torch import save_file
 import toy_world
 from model import Config, QwenVL, Tokenizer, VisionConfig
 
+torch.set_num_threads(1)        # the models are tiny: a second thread costs more than it brings
+
 
 def write_tiny_base(folder, seed=0, **changes):
     """A random base of a few ten thousand parameters: config.json, model.safetensors, qwen.tiktoken."""

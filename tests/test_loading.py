@@ -196,7 +196,7 @@ def test_vocabulary_and_config_of_different_models(base):
 # ---------------------------------------------------------------- names and devices
 def test_what_is_neither_folder_nor_hub_name(tmp_path):
     for name in ("no-such-thing", "a/b/c", "../x", str(tmp_path / "nothing"), ""):
-        with pytest.raises(InputError, match="not a folder, and not a Hub name|config.json"):
+        with pytest.raises(InputError, match=r"not a folder, and not a Hub name|config\.json"):
             QwenVL.from_pretrained(name)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import adapters
 import generate
-from model import Config, InputError, QwenVL, Slot, VisionConfig, ntk_alpha, resize_table, sincos_table
+from model import Config, InputError, QwenVL, RMSNorm, Slot, VisionConfig, layout, ntk_alpha, resize_table, sincos_table
 
 FIXTURES = Path(__file__).parent / "fixtures"
 IMG, END, PAD, VOCAB = 314, 315, 316, 320       # the ids of the tiny models; text is below IMG
@@ -211,13 +211,8 @@ def test_resize_table_equals_official():
 def test_sincos_table_equals_official():
     stored = load_file(FIXTURES / "posembed.safetensors")
     assert gap(sincos_table(16, 16), stored["sincos_16x16x16"]) < 1e-6
-    expected = stored["sincos_4096_grid16_sub"]
-    table = sincos_table(16, 4096)
-    assert table.shape == (256, 4096)
-    # the fixture keeps 16 of the 256 rows; each must be one of ours, and all 16 different ones, in order
-    rows = [(table - row).abs().amax(1).argmin().item() for row in expected]
-    assert rows == sorted(set(rows))
-    assert gap(table[rows], expected) < 1e-6
+    # at full width, the fixture keeps the 16 rows of the diagonal; fp32 angles differ in their last digits
+    assert gap(sincos_table(16, 4096)[::17], stored["sincos_4096_grid16_sub"]) < 5e-6
 
 
 def test_full_size_names_and_shapes():
@@ -389,11 +384,11 @@ def two_rows():
     return rows, [pictures(1, seed=1), pictures(2, seed=2)]
 
 
-def pack_rows(rows, left):
-    """The rows in one batch -> ids, mask, branch (B, L); the padding belongs to the prefix."""
+def pack_rows(rows, left, padding_branch=0):
+    """The rows in one batch -> ids, mask, branch (B, L); the padding belongs to the prefix, or to another branch."""
     made = [packed(*row) for row in rows]
     ids, mask = pad_rows([ids for ids, _ in made], left)
-    branch, _ = pad_rows([labels for _, labels in made], left)
+    branch, _ = pad_rows([labels for _, labels in made], left, fill=padding_branch)
     return ids, mask, branch
 
 
@@ -474,7 +469,7 @@ def test_branches_on_both_sides_of_seq_length(lengths, pads):
     found = model(torch.tensor([[0] * pads + ids]), images, mask if pads else None,
                   torch.tensor([[0] * pads + labels]))[0, pads:]
     expected = separate_logits(model, prefix, branches, images, pads)
-    assert gap(found, expected) < 1e-5
+    assert gap(found, expected) < 3e-5
     assert gap(found, model.train()(torch.tensor([ids]), images, branch=torch.tensor([labels]))[0]) > 1e-2
     alone = referred(model, raw, torch.tensor([[0] * pads + prefix + branches[-1]]), images,
                      mask[:, :pads + len(prefix) + lengths[-1]])["logits"][0, -lengths[-1]:]
@@ -482,23 +477,24 @@ def test_branches_on_both_sides_of_seq_length(lengths, pads):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@pytest.mark.parametrize("left, padding_branch", [(True, 0), (False, 0), (False, 2)],
+                         ids=["left", "right", "right, in a branch"])
 @pytest.mark.parametrize("switches", [{}, {"ntk": False}, {"logn": False}], ids=["both", "no-ntk", "no-logn"])
-def test_rows_on_both_sides_of_seq_length(left, switches):
+def test_rows_on_both_sides_of_seq_length(left, padding_branch, switches):
     """A batch of a short row, a row across 32 and a row beyond it; and positions picked from it."""
     model, _ = tiny(seed=8, seq_length=32, **switches)
     rows = [([*span(), *text(2)], [text(3, 1), text(4, 2)]),
             ([*span(), *text(12)], [text(3, 3), text(30, 4)]),
             ([*span(), *text(28)], [text(8, 5), text(2, 6), text(40, 7)])]
     images = pictures(3)
-    ids, mask, branch = pack_rows(rows, left)
+    ids, mask, branch = pack_rows(rows, left, padding_branch)
     found = model(ids, images, mask, branch)
     for row, (prefix, branches) in enumerate(rows):
         pads = int((~mask[row]).sum()) if left else 0
         expected = separate_logits(model, prefix, branches, images[row:row + 1], pads)
         assert gap(found[row][mask[row]], expected) < 1e-5
     ends = mask & (branch != branch.roll(-1, 1))
-    assert gap(model(ids, images, mask, branch, positions=ends), found[ends]) < 1e-6
+    assert gap(model(ids, images, mask, branch, positions=ends), found[ends]) < 1e-5
 
 
 def test_gradients_across_seq_length():
@@ -574,6 +570,7 @@ def test_padding_gives_no_nan(seq_length, branched):
     ids, mask = pad_rows([[*span(), *text(14)], text(5, 1), []])
     branch = (torch.arange(20) >= 16).long().expand(3, -1) + (torch.arange(20) >= 18) if branched else None
     images = pictures(1)
+    assert layout(20, mask, branch)[1].any(-1).all(), "a query that sees nothing is NaN in some attention kernels"
     logits = model(ids, images, mask, branch)
     assert logits.isfinite().all()
     fewer = model(ids[:2], images, mask[:2], branch[:2] if branched else None)
@@ -612,6 +609,32 @@ def test_bf16_is_close(seq_length):
     assert (logits[mask].double() - expected).square().mean().sqrt() / expected.std() < 0.03
 
 
+def test_rms_norm_casts_before_it_scales():
+    """In bf16 the order of rounding is the official one: statistics in fp32, cast, then the weight."""
+    norm = RMSNorm(64, 1e-6).bfloat16()
+    rng = torch.Generator().manual_seed(17)
+    x, weight = (torch.randn(shape, generator=rng).bfloat16() for shape in ((50, 64), (64,)))
+    norm.weight.data.copy_(weight)
+    normed = x.float() / (x.float().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    expected = normed.bfloat16() * weight
+    assert norm(x).dtype == torch.bfloat16
+    assert (norm(x) == expected).float().mean() > 0.99          # sqrt and rsqrt may round apart, rarely
+    assert ((normed * weight.float()).bfloat16() == expected).float().mean() < 0.9, "the test must tell the two apart"
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_freezing_and_no_grad_change_no_bit(training):
+    """Log-probs of a frozen reference are compared with those of what trains: they must start out equal."""
+    model, _ = tiny(seed=18)
+    model.train(training)
+    ids, mask = pad_rows([[*span(), *text(9)], [*span(), *text(4, 1)]])
+    expected = model(ids, pictures(2), mask)
+    with torch.no_grad():
+        assert model(ids, pictures(2), mask).equal(expected)
+    model.requires_grad_(False)
+    assert model(ids, pictures(2), mask).equal(expected)
+
+
 # ---------------------------------------------------------------- errors
 @pytest.mark.parametrize("ids, n_images, expected_message", [
     ([*span(), 5], 0, "1 image spans, but 0 images"),
@@ -623,7 +646,7 @@ def test_bf16_is_close(seq_length):
     ([*span(), 5, IMG], 2, "<img>, 4 slots and </img>")],
     ids=["no images", "too many", "no span", "no end", "short span", "cut off", "second cut off"])
 def test_wrong_image_spans_are_told(ids, n_images, expected_message):
-    model, _ = tiny(vision_layers=0, layers=1)
+    model, _ = tiny(vision_layers=1, layers=1)
     with pytest.raises(ValueError, match=expected_message) as error:
         model(torch.tensor([ids]), pictures(n_images) if n_images else None)
     assert "\n" not in str(error.value)

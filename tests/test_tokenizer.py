@@ -4,6 +4,7 @@ import json
 import os
 import random
 import time
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,6 @@ def test_official_special_ids(real):
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(max_size=60) | st.text("aAbB'sStTrReE 0123.,-\n\r\t\u00a0\u2003éßſ中한ا😀́<|>", max_size=60))
 def test_any_text_as_tiktoken_with_the_real_vocabulary(real, real_peer, text):
-    import unicodedata
     normal = unicodedata.normalize("NFC", text)
     expected = real_peer.encode(normal, disallowed_special=())
     assert real.encode(text) == expected
@@ -124,7 +124,8 @@ def test_text_that_is_not_unicode_is_encoded_with_replacement_characters(tmp_pat
     assert tokenizer.decode([0xff, 65, 10 ** 6]) == "\ufffdA"
 
 
-@pytest.mark.parametrize("content", [b"", b"not base64 0\n", b"YQ== 0\nYg== 2\n", b"YQ== 0\nYQ== 1\n", b"YQ==\n", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"not base64 0\n", b"YQ== 0\nYg== 2\n", b"YQ== 0\nYQ== 1\n", b"YQ==\n",
+                                     b"\xff\xfe"])
 def test_a_damaged_vocabulary_is_one_clear_error(tmp_path, content):
     (tmp_path / "qwen.tiktoken").write_bytes(content)
     with pytest.raises(InputError, match=r"qwen\.tiktoken") as caught:
