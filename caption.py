@@ -10,6 +10,7 @@ WRITES  captions to stdout, as text or JSON lines; what was used and what went w
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -139,6 +140,8 @@ def caption_batch(model, args, batch, size):
 
 def main(argv=None):
     args = parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):      # a file name need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
     images = find_images(args.images)
     try:
         model = load_model(args)
@@ -151,7 +154,12 @@ def main(argv=None):
     with tqdm(total=len(images), unit="image", disable=None if len(images) > at_once else True) as bar:
         for first in range(0, len(images), at_once):
             batch = images[first:first + at_once]
-            outcome = caption_batch(model, args, batch, size)
+            try:
+                outcome = caption_batch(model, args, batch, size)
+            except torch.OutOfMemoryError:
+                print(f"caption.py: {args.device} is out of memory with {len(batch)} images × {args.n} captions; "
+                      "try a smaller --batch, --n or --max-new-tokens", file=sys.stderr)
+                return 1
             for path, _ in batch:
                 for result in outcome[path]:
                     show(args, path, result, len(images) > 1)
@@ -161,4 +169,10 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:             # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -41,30 +41,6 @@ def resolve(name_or_dir):
     return folder
 
 
-def read_config(path):
-    """A checkpoint's config.json as a dict. InputError for another architecture, or one this code does not compute."""
-    wants = "this code runs Qwen/Qwen-VL (the 2023 float model, or a folder in its layout)"
-    try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as a model configuration ({error}); {wants}") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: is not a JSON object; {wants}")
-    kind = raw.get("model_type", "qwen")
-    if kind != "qwen" or not isinstance(raw.get("visual"), dict):
-        names = raw.get("architectures")
-        name = names[0] if isinstance(names, list) and names else kind
-        lacks = " without a vision tower" if kind == "qwen" else ""
-        raise InputError(f"{path}: is a {' '.join(str(name).split())} model{lacks}; {wants}")
-    if quantised := raw.get("quantization_config"):
-        method = quantised.get("quant_method", "quantized") if isinstance(quantised, dict) else quantised
-        raise InputError(f"{path}: is an Int4/{str(method).upper()} checkpoint; {wants}")
-    for key, value in (("rotary_pct", 1.0), ("tie_word_embeddings", False), ("scale_attn_weights", True)):
-        if raw.get(key, value) != value:
-            raise InputError(f"{path}: {key} is {raw[key]}, only {value} is supported; {wants}")
-    return raw
-
-
 def weight_files(folder):
     """The files that hold the weights, safetensors before .bin; those of an index in its order. InputError if none."""
     for whole, index in (("model.safetensors", "model.safetensors.index.json"),

@@ -14,7 +14,7 @@ Letters for shapes, here and in all other files: B batch, N images, V views of a
 P patches, Q queries of the resampler, L tokens, D width, H heads, R bottleneck of an adapter.
 """
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import loading
+from config import Config, VisionConfig
 from loading import InputError
 from tokenizer import Tokenizer
 
@@ -31,68 +32,7 @@ __all__ = ["CAPTION_PROMPT", "Config", "InputError", "QwenVL", "Tokenizer", "Vis
 CAPTION_PROMPT = "Generate the caption in English:"     # Qwen-VL's own pre-training prompt for captions without boxes
 
 
-# ---------------------------------------------------------------- configuration
-@dataclass
-class VisionConfig:
-    """The `visual` part of config.json; the defaults are Qwen-VL's."""
-    image_size: int = 448
-    patch_size: int = 14
-    width: int = 1664
-    layers: int = 48
-    heads: int = 16
-    mlp_ratio: float = 4.9231
-    output_dim: int = 4096
-    image_start_id: int = 151857
-    n_queries: int = 256                  # not in the released config.json
-
-
-@dataclass
-class Config:
-    """config.json, as far as the network depends on it; the defaults are Qwen-VL's."""
-    vocab_size: int = 151936
-    hidden_size: int = 4096
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    kv_channels: int = 128                # width of a head
-    intermediate_size: int = 22016        # the MLP is half as wide: w1 and w2 share it
-    seq_length: int = 2048                # the trained context; beyond it NTK and logn act
-    layer_norm_epsilon: float = 1e-6
-    rotary_emb_base: float = 10000.0
-    use_dynamic_ntk: bool = True
-    use_logn_attn: bool = True
-    no_bias: bool = True                  # of all linear layers but c_attn
-    visual: VisionConfig = field(default_factory=VisionConfig)
-
-    def __post_init__(self):
-        v = self.visual
-        for part, where in ((self, ""), (v, "visual.")):
-            for f in fields(part):
-                value, wanted = getattr(part, f.name), {float: (int, float)}.get(f.type, f.type)
-                fits = isinstance(value, wanted) and isinstance(value, bool) == (f.type is bool)
-                if not fits or (f.type in (int, float) and not 0 < value < math.inf):
-                    raise InputError(f"config.json: {where}{f.name} is {value!r}, want a {f.type.__name__} above 0")
-        for holds, rule in (
-                (self.kv_channels > 2 and self.kv_channels % 2 == 0, "kv_channels must be even and above 2"),
-                (self.kv_channels * self.num_attention_heads == self.hidden_size,
-                 "kv_channels × num_attention_heads must equal hidden_size"),
-                (v.output_dim == self.hidden_size, "visual.output_dim must equal hidden_size"),
-                (v.output_dim % 128 == 0, "visual.output_dim must be a multiple of 128"),
-                (v.width % v.heads == 0, "visual.width must be a multiple of visual.heads"),
-                (math.isqrt(v.n_queries) ** 2 == v.n_queries, "visual.n_queries must be a square"),
-                (v.image_size % v.patch_size == 0, "visual.patch_size must divide visual.image_size")):
-            if not holds:
-                raise InputError(f"config.json: {rule}")
-
-    @classmethod
-    def from_json(cls, path):
-        """Read a checkpoint's config.json. InputError for another architecture, or one this code does not compute."""
-        raw = loading.read_config(path)
-
-        def known(part, kind):
-            return {k: v for k, v in part.items() if k in kind.__dataclass_fields__}
-        return cls(**{**known(raw, cls), "visual": VisionConfig(**known(raw["visual"], VisionConfig))})
-
-
+# ---------------------------------------------------------------- room for adapters
 class Slot(nn.ModuleDict):
     """Where adapters.py puts its adapters, by name; `stack` names those that are switched on, in order.
 
