@@ -186,7 +186,8 @@ def test_special_tokens_in_a_file_name_are_part_of_the_name(name, tiny_base, tmp
 @pytest.mark.parametrize("name", [os.fsdecode(b"caf\xe9.png"), "two\nlines.png", "\x1b[31mred\t.png"])
 def test_a_name_that_is_no_text(name, tiny_base, tmp_path, capsys):
     """One from an old disk, which is no UTF-8, and ones with control characters."""
-    odd, plain = rows(capsys, picture(tmp_path / name, 0), picture(tmp_path / "plain.png", 0), "--base", tiny_base, *SHORT)
+    files = picture(tmp_path / name, 0), picture(tmp_path / "plain.png", 0)
+    odd, plain = rows(capsys, *files, "--base", tiny_base, *SHORT)
     assert odd == {**plain, "image": str(tmp_path / name)}
     code, out, _ = run(capsys, tmp_path / name, "--base", tiny_base, *SHORT)
     assert code == 0 and len(out) == 1
