@@ -69,7 +69,7 @@ def find_images(arguments):
     """
     found = []
     for argument in map(Path, arguments):
-        if argument.is_dir():
+        if os.path.isdir(argument):             # Path.is_dir raises for a name that is too long
             inside = sorted(p for p in argument.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
             found += [(p, p.relative_to(argument).as_posix()) for p in inside] or [(argument, argument.name)]
         else:
@@ -80,8 +80,11 @@ def find_images(arguments):
 def default_adapters(out=Path("out")):
     """The folder that out/best.txt names, else the newest out/dpo*, else out/sft, else None."""
     if (out / "best.txt").is_file():
-        best = Path((out / "best.txt").read_text(encoding="utf-8").strip())
-        return best if best.is_dir() else out / best
+        best = Path((out / "best.txt").read_text(encoding="utf-8", errors="replace").strip())
+        for folder in (best, out / best):
+            if (folder / "adapters.json").is_file():
+                return folder
+        raise InputError(f"{out / 'best.txt'} names {str(best)!r}, which is no adapter folder; mend it or give --adapters")
     trained = [p for p in (*out.glob("dpo*"), out / "sft") if (p / "adapters.json").is_file()]
     rounds = [p for p in trained if p.name != "sft"]
     return max(rounds, key=lambda p: (p / "adapters.json").stat().st_mtime, default=trained[0] if trained else None)
@@ -90,10 +93,11 @@ def default_adapters(out=Path("out")):
 def load_model(args):
     """The base with its adapters, as the arguments say; what is used goes to stderr."""
     folder = None if args.adapters == "none" else args.adapters or default_adapters()
-    if folder and args.adapters is None and args.base and adapters.read_card(folder)["base"] != args.base:
-        folder = None                           # found, not asked for, and of another base than the one asked for
-    base = args.base or (adapters.read_card(folder)["base"] if folder else DEFAULT_BASE)
+    card = adapters.read_card(folder) if folder else {"base": DEFAULT_BASE}
+    base = args.base or card["base"]
     model = QwenVL.from_pretrained(base, getattr(torch, args.dtype) if args.dtype else None, args.device)
+    if folder and not args.adapters and card["fingerprint"] != model.fingerprint:
+        folder = None                           # found, not asked for, and of another base than the one asked for
     if folder:
         adapters.load(model, folder)
     print(f"base {base}, {f'adapters {folder}' if folder else 'no adapters, its own caption prompt'}, "
@@ -113,40 +117,46 @@ def images_at_once(model, args, n_views):
 
 # ---------------------------------------------------------------- captions
 def show(args, path, result, several):
-    """One caption to stdout."""
+    """One caption to stdout, an error to stderr; both on one line, and above the progress bar."""
+    if "error" in result:
+        tqdm.write(f"caption.py: {result['error']}", file=sys.stderr)
     if args.jsonl:
-        print(json.dumps({"image": str(path), **result}, ensure_ascii=False), flush=True)
+        tqdm.write(json.dumps({"image": str(path), **result}, ensure_ascii=False), file=sys.stdout)
     elif "error" not in result:
         text = without_loop(result["caption"]) if result["finish"] == "repeat" else result["caption"]
-        text = " ".join(text.split()).rstrip(" ,")
-        print(f"{path}: {text}" if several else text, flush=True)
+        text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split())).rstrip(" ,")
+        name = str(path) if str(path).isprintable() else repr(str(path))
+        tqdm.write(f"{name}: {text}" if several else text, file=sys.stdout)
+    sys.stdout.flush()
 
 
 def caption_batch(model, args, batch, size):
-    """Caption [(path, name)] -> {path: results}, a result being a caption or {"error"}; errors go to stderr too."""
-    outcome, good = {}, []
-    for path, name in batch:
+    """Caption [(path, name)] -> for each the list of its results: captions, or one {"error"}."""
+    outcome, good = [None] * len(batch), []
+    for i, (path, name) in enumerate(batch):
         try:
-            good.append((path, name, views(open_image(path), size)))
+            good.append((i, name, views(open_image(path), size)))
         except InputError as error:
-            print(f"caption.py: {error}", file=sys.stderr)
-            outcome[path] = [{"error": str(error)}]
+            outcome[i] = [{"error": str(error)}]
     if good:
-        results = sample(model, torch.stack([pixels for _, _, pixels in good]), [name for _, name, _ in good], args.n,
-                         args.max_new_tokens, args.temperature, args.top_p, args.seed, args.past_context)
-        outcome |= {path: rows for (path, _, _), rows in zip(good, results)}
+        at, names, pixels = zip(*good)
+        results = sample(model, torch.stack(pixels), names, args.n, args.max_new_tokens, args.temperature, args.top_p,
+                         args.seed, args.past_context)
+        for i, rows in zip(at, results):
+            outcome[i] = rows
     return outcome
 
 
 def main(argv=None):
     args = parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):      # a file name need not be text
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(encoding="utf-8" if args.jsonl else None, errors="backslashreplace")
     images = find_images(args.images)
     try:
         model = load_model(args)
         size = model.config.visual.image_size
-        at_once = args.batch or images_at_once(model, args, len(BOXES))
+        fits = images_at_once(model, args, len(BOXES))          # first: it refuses a context that is too short
+        at_once = args.batch or fits
     except InputError as error:
         print(f"caption.py: {error}", file=sys.stderr)
         return 1
@@ -160,10 +170,10 @@ def main(argv=None):
                 print(f"caption.py: {args.device} is out of memory with {len(batch)} images × {args.n} captions; "
                       "try a smaller --batch, --n or --max-new-tokens", file=sys.stderr)
                 return 1
-            for path, _ in batch:
-                for result in outcome[path]:
+            for (path, _), results in zip(batch, outcome):
+                for result in results:
                     show(args, path, result, len(images) > 1)
-                bad += "error" in outcome[path][0]
+                bad += "error" in results[0]
             bar.update(len(batch))
     return 1 if bad else 0
 

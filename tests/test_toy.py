@@ -182,7 +182,8 @@ def test_a_packed_training_row_asks_for_what_follows_each_prompt(tmp_path):
 
 
 def test_the_report_counts_right():
-    truth = {"facts": [{"text": "background gray", "kind": "background"}, {"text": "top-left red ring", "kind": "object"},
+    truth = {"facts": [{"text": "background gray", "kind": "background"},
+                       {"text": "top-left red ring", "kind": "object"},
                        {"text": "top-right red ring", "kind": "object"}, {"text": "top-right stripes", "kind": "mark"}],
              "planted": [{"text": "top-left stripes", "group": "warm"}, {"text": "top-left checks", "group": "warm"}]}
     caption = ["background gray", "top-left red ring", "top-left stripes", "top-left red ring"]
