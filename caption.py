@@ -84,7 +84,8 @@ def default_adapters(out=Path("out")):
         for folder in (best, out / best):
             if (folder / "adapters.json").is_file():
                 return folder
-        raise InputError(f"{out / 'best.txt'} names {str(best)!r}, which is no adapter folder; mend it or give --adapters")
+        raise InputError(f"{out / 'best.txt'} names {str(best)!r}, which is no adapter folder; mend it, or give "
+                         "--adapters")
     trained = [p for p in (*out.glob("dpo*"), out / "sft") if (p / "adapters.json").is_file()]
     rounds = [p for p in trained if p.name != "sft"]
     return max(rounds, key=lambda p: (p / "adapters.json").stat().st_mtime, default=trained[0] if trained else None)
