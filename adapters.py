@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from model import CAPTION_PROMPT, InputError
+from model import CAPTION_PROMPT, InputError, Slot
 
 
 class Adapter(nn.Module):
@@ -25,6 +25,7 @@ class Adapter(nn.Module):
 
     def __init__(self, width, reduction, device=None):
         super().__init__()
+        self.reduction = reduction
         self.down = nn.Linear(width, width // reduction, device=device)
         self.up = nn.Linear(width // reduction, width, device=device)
         nn.init.zeros_(self.up.weight)
@@ -68,8 +69,12 @@ def attach(model, name, where=("vision", "language"), reduction=8, below=None, s
     """
     if any(name in slot for slot, _ in slots(model)):
         raise InputError(f"adapters named {name} are attached already")
-    if not name.isidentifier() or not set(where) <= {"vision", "language"}:
+    if not name.isidentifier() or hasattr(Slot(), name) or not set(where) <= {"vision", "language"}:
         raise ValueError(f"want an identifier as name and towers among vision and language, got {name!r}, {where}")
+    if below is not None and not any(below in slot for slot, _ in slots(model)):
+        raise ValueError(f"no adapters named {below} are attached to go below")
+    if any(not 1 <= reduction <= width for _, width in slots(model, where)):
+        raise InputError(f"--reduction {reduction}: want a whole number from 1 to the width of the model")
     model.requires_grad_(False)
     for slot, width in slots(model, where):
         slot[name] = Adapter(width, reduction, model.lm_head.weight.device)
@@ -119,8 +124,8 @@ def read_card(folder):
         raise InputError(f"{folder}: no adapters.json; give a folder that a training stage wrote") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
-    keys = {"base", "fingerprint", "name", "where", "reduction", "soft_prompt"}
-    if not isinstance(card, dict) or not keys <= card.keys():
+    kinds = {"base": str, "fingerprint": str, "name": str, "where": list, "reduction": int, "soft_prompt": bool}
+    if not isinstance(card, dict) or not all(isinstance(card.get(key), kind) for key, kind in kinds.items()):
         raise InputError(f"{path}: is not the description of an adapter folder")
     return card
 
@@ -134,9 +139,9 @@ def save(model, folder, name, **more):
     folder.mkdir(parents=True, exist_ok=True)
     trained = dict(model.named_parameters())
     where = [tower for tower in ("vision", "language") if any(name in slot for slot, _ in slots(model, (tower,)))]
-    slot, width = next((slot, width) for slot, width in slots(model, where) if name in slot)
+    slot = next(slot for slot, _ in slots(model, where) if name in slot)
     card = {"base": model.base, "fingerprint": model.fingerprint, "name": name, "where": where,
-            "reduction": width // slot[name].down.out_features, "soft_prompt": name in model.soft_prompts, **more}
+            "reduction": slot[name].reduction, "soft_prompt": name in model.soft_prompts, **more}
     tensors = {n: trained[n].detach().contiguous().cpu() for n in names_of(model, name)}
     save_file(tensors, folder / "adapters.safetensors.tmp")
     (folder / "adapters.safetensors.tmp").replace(folder / "adapters.safetensors")

@@ -47,6 +47,8 @@ def parse_args(argv):
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                    help="of the weights (default: bfloat16 on a GPU, float32 on the CPU)")
     args = p.parse_args(argv)
+    if not all(args.images):
+        p.error("an image's name is empty")
     if args.n > 1 and args.temperature == 0:
         p.error("--n above 1 needs --temperature above 0: at 0 all captions of an image are the same")
     for wrong, rule in (
@@ -71,6 +73,7 @@ def find_images(arguments):
     for argument in map(Path, arguments):
         if os.path.isdir(argument):             # Path.is_dir raises for a name that is too long
             inside = sorted(p for p in argument.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            # an empty folder stays as itself, to be told as an image that cannot be opened
             found += [(p, p.relative_to(argument).as_posix()) for p in inside] or [(argument, argument.name)]
         else:
             found.append((argument, argument.name))
@@ -152,8 +155,8 @@ def main(argv=None):
     args = parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):      # a file name need not be text
         sys.stdout.reconfigure(encoding="utf-8" if args.jsonl else None, errors="backslashreplace")
-    images = find_images(args.images)
     try:
+        images = find_images(args.images)
         model = load_model(args)
         size = model.config.visual.image_size
         fits = images_at_once(model, args, len(BOXES))          # first: it refuses a context that is too short
@@ -167,7 +170,9 @@ def main(argv=None):
             batch = images[first:first + at_once]
             try:
                 outcome = caption_batch(model, args, batch, size)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and "memory" not in str(error):
+                    raise
                 print(f"caption.py: {args.device} is out of memory with {len(batch)} images × {args.n} captions; "
                       "try a smaller --batch, --n or --max-new-tokens", file=sys.stderr)
                 return 1

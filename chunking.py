@@ -74,7 +74,7 @@ def open_image(path):
     name = str(path) if str(path).isprintable() else repr(str(path))
     try:
         if not path.is_file():                      # a pipe is none either: it would block
-            raise InputError(f"{name}: {'is a folder' if path.is_dir() else 'no such image file'}")
+            raise InputError(f"{name}: {'is a folder without images' if path.is_dir() else 'no such image file'}")
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{name}: {path.stat().st_size} bytes, more than the {MAX_BYTES} that are allowed")
         with warnings.catch_warnings(), path.open("rb") as file:

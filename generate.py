@@ -31,7 +31,8 @@ class LayerCache:
         """Attention of the prefix to itself on the first call, of one new token per sample to prefix and tail later."""
         cache = self.cache
         if self.prefix is None:
-            self.prefix = k, v
+            # copies: k and v are views of all of q, k and v, and matmul would copy them at every step
+            self.prefix = k.contiguous(), v.contiguous()
             shape = (len(k) * cache.samples, k.shape[1], cache.room, k.shape[3])
             self.tail = k.new_zeros(shape), v.new_zeros(shape)
             return causal_attention(q, k, v, allowed)
@@ -40,13 +41,14 @@ class LayerCache:
         tail_k[:, :, t], tail_v[:, :, t] = k[:, :, 0], v[:, :, 0]
         B, H, _, D = q.shape
         I, P = B // n, prefix_k.shape[2]
+        q = q * D ** -0.5                       # before the product, which in float16 might overflow
         # the samples of an image are the queries of one product with its prefix
         to_prefix = q.view(I, n, H, D).transpose(1, 2) @ prefix_k.transpose(2, 3)              # (I, H, n, P)
         if cache.mask is not None:
             to_prefix = to_prefix.masked_fill(~cache.mask[:, None, None], float("-inf"))
         to_tail = q @ tail_k[:, :, :t + 1].transpose(2, 3)                                     # (I·n, H, 1, t+1)
         scores = torch.cat([to_prefix.transpose(1, 2).reshape(B, H, 1, P), to_tail], dim=-1)
-        share = (scores.float() * D ** -0.5).softmax(-1).type_as(v)                            # one softmax over both
+        share = scores.float().softmax(-1).type_as(v)                                          # one softmax over both
         of_prefix = share[..., :P].view(I, n, H, P).transpose(1, 2) @ prefix_v                 # (I, H, n, head)
         return of_prefix.transpose(1, 2).reshape(B, H, 1, D) + share[..., P:] @ tail_v[:, :, :t + 1]
 
@@ -139,7 +141,8 @@ def choose(logits, u, temperature, top_p):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    p = (logits.double() / temperature).softmax(-1)
+    logits = logits.double()
+    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p < 1:
         ordered, index = p.sort(dim=-1, descending=True, stable=True)
         dropped = ordered.cumsum(-1) - ordered >= top_p         # the token that crosses top_p stays
@@ -153,11 +156,11 @@ def room_left(model, n_views, max_new_tokens=None, past_context=False):
     """How many tokens a caption may have: max_new_tokens, but not beyond the trained context unless past_context."""
     prefix = len(model.caption_prompt(n_views))
     left = model.config.seq_length - prefix
-    if past_context:
-        return max_new_tokens or left
+    if past_context and max_new_tokens is not None:
+        return max_new_tokens
     if left < 1:
         raise InputError(f"the prompt is {prefix} tokens ({n_views} views), the context {model.config.seq_length}")
-    return min(max_new_tokens or left, left)
+    return left if max_new_tokens is None else min(max_new_tokens, left)
 
 
 def sample(model, views, names, n=1, max_new_tokens=None, temperature=1.0, top_p=1.0, seed=0, past_context=False):
@@ -168,14 +171,22 @@ def sample(model, views, names, n=1, max_new_tokens=None, temperature=1.0, top_p
     or "repeat" (a statement said over and over); tokens counts the caption's, without the end token.
     """
     I, V = views.shape[:2]
+    if len(names) != I or n < 1 or temperature < 0 or not 0 < top_p <= 1 or (max_new_tokens or 1) < 1:
+        raise ValueError(f"want {I} names, n ≥ 1, temperature ≥ 0, 0 < top_p ≤ 1 and max_new_tokens ≥ 1")
     device = next(model.parameters()).device
     room = room_left(model, V, max_new_tokens, past_context)
     ids = torch.tensor([model.caption_prompt(V)] * I, device=device)
     u = torch.tensor(np.array([uniforms(seed, name, k, room) for name in names for k in range(n)]), device=device)
-    eos, text_of = model.tokenizer.eos_id, model.tokenizer.decode
+    eos = model.tokenizer.eos_id
+
+    def text_of(ids):       # without special tokens: as text they would read as others
+        return model.tokenizer.decode(i for i in ids if i < eos)
+
     said, finish = [[] for _ in range(I * n)], [None] * (I * n)
     with evaluating(model):
         cache, logits = prefill(model, ids, views.flatten(0, 1), None, n, room)
+        if not bool(logits.isfinite().all()):
+            raise ValueError("the model's logits are not finite; in float16, try bfloat16 or float32")
         for t in range(room):
             chosen = choose(logits, u[:, t], temperature, top_p)
             for row, token in enumerate(chosen.tolist()):
@@ -199,8 +210,11 @@ def yes_and_no(tokenizer):
     """Ids (two lists) of the spellings of yes and no that are single tokens. InputError where a side has none."""
     sides = []
     for words in ((" Yes", "Yes", " yes", "yes"), (" No", "No", " no", "no")):
-        tokens = [tokenizer.encode(word) for word in words]
-        sides.append([ids[0] for ids in tokens if len(ids) == 1])
+        sides.append([])
+        for word in words:
+            with contextlib.suppress(InputError):       # a small vocabulary may lack its very letters
+                ids = tokenizer.encode(word)
+                sides[-1] += ids if len(ids) == 1 else []
         if not sides[-1]:
             raise InputError(f"the vocabulary has none of {', '.join(map(repr, words))} as a single token")
     return sides

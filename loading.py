@@ -4,6 +4,7 @@ The weights may be one safetensors file, several with an index, or `.bin` files 
 """
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -19,20 +20,25 @@ class InputError(ValueError):
 
 
 # ---------------------------------------------------------------- where it is
-def resolve(name_or_dir):
-    """A folder as it is, or a Hub name -> the folder of its cached snapshot, downloaded where needed."""
-    folder = Path(name_or_dir).expanduser()
-    if folder.is_dir():
-        return folder
+def resolve(name_or_dir, weights=True):
+    """A folder as it is, or a Hub name -> the folder of its cached snapshot, downloaded where needed.
+
+    weights=False fetches only what comes before them: configuration, vocabulary and index.
+    """
     name = str(name_or_dir)
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):                           # Path.is_dir raises for a name that is too long
+        return folder
+    if os.path.exists(folder) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise InputError(f"{name}: not a folder, and not a Hub name such as Qwen/Qwen-VL")
     from huggingface_hub import snapshot_download
+    before = ["config.json", "qwen.tiktoken", "*.index.json"]
+    wanted = [["model*.safetensors"], ["pytorch_model*.bin"]] if weights else [before]
     try:
-        patterns = ["config.json", "qwen.tiktoken", "model*.safetensors", "*.index.json"]
-        folder = Path(snapshot_download(name, allow_patterns=patterns))
-        if not list(folder.glob("model*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*patterns, "pytorch_model*.bin"]))
+        for patterns in wanted:
+            folder = Path(snapshot_download(name, allow_patterns=patterns))
+            if list(folder.glob("model*.safetensors")):
+                break
     except Exception as error:      # the Hub client's errors share no base class: network, name, access, disk
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{name}: no such folder, and the Hub did not give it ({reason[:200]}); with a network, "
@@ -71,7 +77,7 @@ def tensors(path):
                     yield name, tuple(file.get_slice(name).get_shape()), lambda name=name: file.get_tensor(name)
         else:
             stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            if not isinstance(stored, dict) or not all(isinstance(t, torch.Tensor) for t in stored.values()):
+            if not isinstance(stored, dict) or not all(isinstance(n, str) and is_plain(t) for n, t in stored.items()):
                 raise InputError(f"{path}: is not a dictionary of tensors")
             for name, tensor in stored.items():
                 yield name, tuple(tensor.shape), lambda tensor=tensor: tensor
@@ -80,7 +86,12 @@ def tensors(path):
     except SafetensorError as error:
         raise InputError(f"{path}: is not a whole safetensors file ({error}); fetch it again") from None
     except Exception as error:      # torch.load has no error class of its own; an unsafe pickle ends here as well
-        raise InputError(f"{path}: refused, not a plain file of tensors ({str(error).splitlines()[0][:160]})") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise InputError(f"{path}: refused, not a plain file of tensors ({reason})") from None
+
+
+def is_plain(tensor):
+    return isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
 
 
 # ---------------------------------------------------------------- whether it fits
@@ -114,13 +125,14 @@ def free_bytes(device):
     except (OSError, TypeError):
         return None
     try:        # a container may have less than the machine
-        limit, used = (Path("/sys/fs/cgroup", f).read_text() for f in ("memory.max", "memory.current"))
-        return min(free, int(limit) - int(used))
-    except (OSError, ValueError):
+        limit, used, stat = (Path("/sys/fs/cgroup", f"memory.{f}").read_text() for f in ("max", "current", "stat"))
+        cached = int(re.search(r"^inactive_file (\d+)", stat, re.MULTILINE)[1])      # given back when it is needed
+        return min(free, int(limit) - int(used) + cached)
+    except (OSError, ValueError, TypeError):
         return free
 
 
-def check_fits(model, folder, dtype, device):
+def check_fits(model, name, dtype, device):
     """InputError with both numbers where the weights are larger than the memory that is free."""
     numbers = sum(t.numel() for t in model.state_dict().values())
     need, free = numbers * dtype.itemsize, free_bytes(device)
@@ -128,7 +140,7 @@ def check_fits(model, folder, dtype, device):
         return
     ways = [f"--dtype bfloat16 ({numbers * 2 / 1e9:.1f} GB)"] if dtype.itemsize > 2 else []
     ways += ["--device cpu" if device.type == "cuda" else "a GPU (--device cuda)", "the toy (--base assets/toy)"]
-    raise InputError(f"{folder}: needs {need / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')} on {device}, "
+    raise InputError(f"{name}: needs {need / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')} on {device}, "
                      f"{free / 1e9:.1f} GB are free; try {' or '.join(ways)}")
 
 
@@ -140,7 +152,6 @@ def fill(model, folder, dtype, device):
     first, so no error comes after minutes of reading: InputError names what is missing, left over or misshaped.
     Returns the checkpoint's fingerprint: a hash of every tensor's name, shape and first values, whatever the files.
     """
-    check_fits(model, folder, dtype, device)
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     files, found = weight_files(folder), {}
     for path in files:
@@ -165,6 +176,8 @@ def fill(model, folder, dtype, device):
                 owner, _, leaf = name.rpartition(".")
                 owner = model.get_submodule(owner)
                 stored = read()
+                if not stored.is_floating_point():
+                    raise InputError(f"{path}: {name} holds {stored.dtype}, not floating-point numbers")
                 tensor = torch.empty(shape, dtype=dtype, device=device).copy_(stored)    # own memory, not the file's
                 marks[name] = f"{shape} {stored.flatten()[:256].tolist()}"
                 if leaf in owner._buffers:

@@ -214,13 +214,14 @@ class Rotary:
         """place (B or 1, L) int: logical position of each token; alpha: see ntk_alpha; logn beyond seq_length."""
         head = config.kv_channels
         base = config.rotary_emb_base * alpha ** (head / (head - 2))
-        steps = torch.arange(0, head, 2, device=place.device, dtype=torch.float32) / head
-        angles = place[:, None, :, None].float() / base ** steps                      # (B, 1, L, head/2)
+        # exactly these operations: fp32 angles of far tokens show every other way of rounding in the fourth digit
+        inv_freq = 1.0 / base ** (torch.arange(0, head, 2, device=place.device, dtype=torch.float32) / head)
+        angles = place[:, None, :, None].float() * inv_freq                           # (B, 1, L, head/2)
         angles = torch.cat([angles, angles], dim=-1)                                  # half-split, not interleaved
         logn = None
         if config.use_logn_attn and not training:
-            n = (place[:, None, :, None] + 1).float()
-            logn = (n.log() / math.log(config.seq_length)).clamp(min=1.0)
+            n = (place[:, None, :, None] + 1).double()
+            logn = (n.log() / math.log(config.seq_length)).clamp(min=1.0).float()
         return cls(angles.cos(), angles.sin(), logn)
 
     def turn(self, t):
@@ -346,7 +347,7 @@ class QwenVL(nn.Module):
         """
         device = loading.usable_device(device)
         dtype = dtype or loading.usual_dtype(device)
-        folder = loading.resolve(name_or_dir)
+        folder = loading.resolve(name_or_dir, weights=False)
         config = Config.from_json(folder / "config.json")
         tokenizer = Tokenizer(folder)
         if tokenizer.image_start_id != config.visual.image_start_id or tokenizer.n_vocab > config.vocab_size:
@@ -355,7 +356,8 @@ class QwenVL(nn.Module):
                              "they belong to different models")
         with torch.device("meta"):
             model = cls(config, tokenizer, str(name_or_dir))
-        model.fingerprint = loading.fill(model, folder, dtype, device)
+        loading.check_fits(model, name_or_dir, dtype, device)       # before the weights are fetched, let alone read
+        model.fingerprint = loading.fill(model, loading.resolve(name_or_dir), dtype, device)
         return model.eval()
 
     def image_prompt(self, n_images, text):
@@ -412,9 +414,11 @@ class QwenVL(nn.Module):
         Dynamic NTK and logn act in eval mode only, by each sequence's logical length, as in the original code.
         """
         config, alphas = self.config, None
+        mask, branch = (t if t is None else t.to(ids.device) for t in (mask, branch))
         if ids.ndim != 2 or ids.shape[1] == 0 or any(t is not None and t.shape != ids.shape for t in (mask, branch)):
             raise ValueError(f"ids, mask and branch must all be (B, L) with L ≥ 1; ids are {tuple(ids.shape)}")
         if cache is not None and cache.filled:                                        # one new token per sequence
+            assert ids.shape[1] == 1 and images is None, "a filled cache takes one new token per sequence"
             x, place, allowed, alpha = self.transformer.wte(ids), cache.place(ids), None, cache.alpha
         else:
             x = self.embed(ids, images)

@@ -29,6 +29,8 @@ from chunking import normalise, views
 from generate import greedy, yes_probability
 from model import CAPTION_PROMPT, Config, InputError, QwenVL, Tokenizer, VisionConfig
 
+VIEW = world.SIDE // 2          # pixels of a view's side: close-ups keep their full resolution in it
+
 
 def parse_args(argv):
     plain = argparse.ArgumentDefaultsHelpFormatter
@@ -57,7 +59,7 @@ def parse_args(argv):
 # ---------------------------------------------------------------- the base
 def toy_config(tokenizer):
     """A Qwen-VL of about 1.5 M parameters for 32-pixel views."""
-    vision = VisionConfig(image_size=32, patch_size=8, width=96, layers=3, heads=3, mlp_ratio=4.0, output_dim=128,
+    vision = VisionConfig(image_size=VIEW, patch_size=8, width=96, layers=3, heads=3, mlp_ratio=4.0, output_dim=128,
                           image_start_id=tokenizer.image_start_id, n_queries=4)
     return Config(vocab_size=64 * math.ceil(tokenizer.n_vocab / 64), hidden_size=128, num_hidden_layers=4,
                   num_attention_heads=4, kv_channels=32, intermediate_size=704, seq_length=256, visual=vision)
@@ -90,7 +92,7 @@ TASK_NAMES = list(TASKS)
 
 # ---------------------------------------------------------------- its data: one image, many continuations
 def scene_views(kind, seed):
-    """One training image of a kind: its scene and views (V, 3, 32, 32).
+    """One training image of a kind: its scene and views (V, 3, VIEW, VIEW).
 
     low: a whole image at low resolution, marks planted. close: a close-up, marks at even odds. six: all six views,
     marks planted in most. Marks at even odds from the first step on: a base that meets them only where they follow the
@@ -102,7 +104,7 @@ def scene_views(kind, seed):
     if kind == "close":
         thing = rng.choice([t for t in scene.things if t.place != "center"])
         return world.as_close_up(scene, thing), normalise(world.close_up(image, thing))[None]
-    pixels = views(image, 32)
+    pixels = views(image, VIEW)
     return scene, pixels if kind == "six" else pixels[:1]
 
 
@@ -216,7 +218,7 @@ def pretrain(args):
 
 # ---------------------------------------------------------------- what a base sees, and what it invents
 def dense_captions(model, images):
-    """Greedy captions under the grounding prompt: images (N, V, 3, 32, 32) -> N lists of statements."""
+    """Greedy captions under the grounding prompt: images (N, V, 3, S, S) -> N lists of statements."""
     N, V = images.shape[:2]
     ids = torch.tensor([model.image_prompt(V, world.DENSE_PROMPT)] * N)
     eos = model.tokenizer.eos_id
@@ -284,7 +286,8 @@ def report(args):
     """Measure a base on unseen scenes; print each figure as [share, of how many], one JSON object a line."""
     model = QwenVL.from_pretrained(args.base)
     scenes = [world.make_scene(f"report {args.seed} {i}") for i in range(args.scenes)]
-    pixels = torch.stack([views(world.draw(scene), 32) for scene in tqdm(scenes, desc="drawing", disable=None)])
+    side = model.config.visual.image_size
+    pixels = torch.stack([views(world.draw(scene), side) for scene in tqdm(scenes, desc="drawing", disable=None)])
     truths = [world.truth(scene, "") for scene in scenes]
     print(json.dumps({"base": str(args.base), "scenes": args.scenes, "seed": args.seed}))
     for name, images in (("one low-resolution view", pixels[:, :1]), ("six views", pixels)):

@@ -64,7 +64,7 @@ class Scene:
 
 
 def make_scene(seed, planted=True):
-    """The scene of a seed (int, or a list of ints). planted=False: marks come at even odds, whatever the colour."""
+    """The scene of a seed, which may be anything. planted=False: marks come at even odds, whatever the colour."""
     rng = random.Random(str(seed))
     things = []
     for place in sorted(rng.sample(list(PLACES), rng.choice((2, 3, 3, 4))), key=list(PLACES).index):

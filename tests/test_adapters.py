@@ -104,6 +104,26 @@ def test_a_name_is_taken_once(tiny_model):
         adapters.attach(tiny_model, "a.b")
 
 
+def test_what_cannot_be_attached_is_refused(tiny_model):
+    with pytest.raises(ValueError, match="no adapters named typo"):
+        adapters.attach(tiny_model, "qa", below="typo")
+    for name in ("train", "keys", "stack"):
+        with pytest.raises(ValueError, match="identifier"):
+            adapters.attach(tiny_model, name)
+    for reduction in (0, 33, 200):
+        with pytest.raises(InputError, match="--reduction"):
+            adapters.attach(tiny_model, "caption", reduction=reduction)
+
+
+def test_a_reduction_that_divides_no_width_is_saved_and_loaded(tiny_base, tiny_model, tmp_path):
+    adapters.attach(tiny_model, "caption", reduction=7)
+    shake(tiny_model, "caption")
+    adapters.save(tiny_model, tmp_path / "sft", "caption")
+    again = QwenVL.from_pretrained(tiny_base)
+    assert adapters.load(again, tmp_path / "sft")["reduction"] == 7
+    assert torch.equal(run(again), run(tiny_model))
+
+
 def test_soft_prompt_slots_come_whole_or_not_at_all(tiny_model):
     adapters.attach(tiny_model, "caption", soft_prompt=True)
     with pytest.raises(ValueError, match="soft-prompt"):
@@ -161,7 +181,10 @@ def test_adapters_that_do_not_fit_are_refused_by_name(folder, tiny_model, damage
 
 
 def test_what_is_no_adapter_folder(folder, tiny_model, tmp_path):
-    for text, expected in (("{}", "not the description"), ("no", "cannot be read"), ("[]", "not the description")):
+    good = json.loads((folder / "adapters.json").read_text())
+    for text, expected in (("{}", "not the description"), ("no", "cannot be read"), ("[]", "not the description"),
+                           (json.dumps({**good, "reduction": "x"}), "not the description"),
+                           (json.dumps({**good, "where": None}), "not the description")):
         (folder / "adapters.json").write_text(text)
         with pytest.raises(InputError, match=expected):
             adapters.load(tiny_model, folder)

@@ -1,4 +1,5 @@
 """Decoding: the cache against recomputation, samples against separate runs, their random numbers, loops, questions."""
+import base64
 import math
 from itertools import pairwise
 
@@ -55,7 +56,10 @@ def test_one_prefix_for_n_samples_equals_n_prefixes(tiny_model):
         for row in range(12):
             alone = plain_logits(tiny_model, [prompt + tokens[row, :t + 1].tolist()], pixels[row // 4])
             torch.testing.assert_close(logits[row], alone[0, -1], atol=2e-5, rtol=1e-5)
-    assert cache.layers[0].prefix[0].shape[0] == 3 and cache.layers[0].tail[0].shape[0] == 12
+    assert cache.layers[0].tail[0].shape[0] == 12
+    for part in cache.layers[0].prefix:         # one copy, and nothing but it: no view of a larger product
+        assert part.shape[0] == 3 and part.is_contiguous()
+        assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
 
 
 # ---------------------------------------------------------------- greedy
@@ -116,7 +120,38 @@ def test_temperature_zero_is_greedy(tiny_model):
     expected = greedy(tiny_model, ids, pixels.flatten(0, 1), max_new_tokens=10, eos_id=tiny_model.tokenizer.eos_id)
     for row, (result,) in zip(expected.tolist(), sample(tiny_model, pixels, ["a", "b"], 1, 10, temperature=0)):
         kept = row[:row.index(tiny_model.tokenizer.eos_id)] if tiny_model.tokenizer.eos_id in row else row
-        assert result["caption"] == tiny_model.tokenizer.decode(kept[:result["tokens"]])
+        said = [i for i in kept[:result["tokens"]] if i < tiny_model.tokenizer.eos_id]
+        assert result["caption"] == tiny_model.tokenizer.decode(said) and result["tokens"] > 0
+
+
+def test_senseless_arguments_are_refused(tiny_model):
+    for names, more in ((["a"], {}), (["a", "b"], {"n": 0}), (["a", "b"], {"temperature": -1}),
+                        (["a", "b"], {"top_p": 0}), (["a", "b"], {"max_new_tokens": -1})):
+        with pytest.raises(ValueError, match="want 2 names"):
+            sample(tiny_model, images(2), names, **more)
+
+
+def test_a_temperature_next_to_zero_is_greedy(tiny_model):
+    for temperature in (1e-30, 1e-310):
+        expected = sample(tiny_model, images(1), ["a"], 1, 6, temperature=0)
+        assert sample(tiny_model, images(1), ["a"], 1, 6, temperature=temperature) == expected
+
+
+def test_float16_does_not_overflow_where_attention_is_sharp(tiny_base):
+    """q·k beyond 65,504 before it is scaled: the cached step must be as finite as the uncached one."""
+    model = QwenVL.from_pretrained(tiny_base, torch.float16)
+    for block in model.transformer.h:
+        block.attn.c_attn.bias.data[:256] = 60.0
+    ids = torch.tensor([model.caption_prompt(V)])
+    cache, logits = prefill(model, ids, images(1)[0], None, 1, 4)
+    with torch.no_grad():
+        assert logits.isfinite().all() and generate.decode(model, cache, logits.argmax(-1)).isfinite().all()
+
+
+def test_logits_that_are_not_finite_are_an_error(tiny_model):
+    tiny_model.lm_head.weight.data[5] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        sample(tiny_model, images(1), ["a"], 1, 4)
 
 
 def test_the_random_numbers_are_pinned():
@@ -250,14 +285,20 @@ def test_a_special_token_in_a_question_is_text(tiny_model):
 
 
 def test_a_vocabulary_without_yes_is_an_error(tiny_base, tmp_path):
-    import base64
-
     from model import Tokenizer
     words = [bytes([b]) for b in range(256)] + [b" Yes"]
     lines = (f"{base64.b64encode(word).decode()} {rank}\n" for rank, word in enumerate(words))
     (tmp_path / "qwen.tiktoken").write_text("".join(lines))
     with pytest.raises(InputError, match=r"none of ' No', 'No', ' no', 'no'"):
         generate.yes_and_no(Tokenizer(tmp_path))
+
+
+def test_a_vocabulary_may_lack_the_letters_of_other_spellings(tmp_path):
+    from model import Tokenizer
+    words = [b" ", b"?", b" Yes", b" No", b" Answer", b":"]
+    lines = (f"{base64.b64encode(word).decode()} {rank}\n" for rank, word in enumerate(words))
+    (tmp_path / "qwen.tiktoken").write_text("".join(lines))
+    assert generate.yes_and_no(Tokenizer(tmp_path)) == [[2], [3]]
 
 
 def test_bfloat16_decodes(tiny_base):

@@ -186,6 +186,19 @@ def test_a_bin_of_something_else_is_refused(base):
     refused(base, "not a dictionary of tensors")
 
 
+@pytest.mark.parametrize("content", [{3: torch.zeros(2)}, {NAME: torch.zeros(2, 2).to_sparse()},
+                                     {NAME: torch.zeros(2, device="meta")}])
+def test_a_bin_of_odd_tensors_is_refused(base, content):
+    (base / "model.safetensors").unlink()
+    torch.save(content, base / "pytorch_model.bin")
+    refused(base, "not a dictionary of tensors|not a plain file of tensors")
+
+
+def test_numbers_that_are_no_floats_are_refused(base):
+    change_weights(base, lambda w: w.update({NAME: w[NAME].to(torch.int8)}))
+    refused(base, f"{NAME} holds torch.int8")
+
+
 def test_vocabulary_and_config_of_different_models(base):
     config = json.loads((base / "config.json").read_text())
     config["visual"]["image_start_id"] -= 1
@@ -195,7 +208,7 @@ def test_vocabulary_and_config_of_different_models(base):
 
 # ---------------------------------------------------------------- names and devices
 def test_what_is_neither_folder_nor_hub_name(tmp_path):
-    for name in ("no-such-thing", "a/b/c", "../x", str(tmp_path / "nothing"), ""):
+    for name in ("x" * 300, "~no-such-user/x", "no-such-thing", "a/b/c", "../x", str(tmp_path / "nothing"), ""):
         with pytest.raises(InputError, match=r"not a folder, and not a Hub name|config\.json"):
             QwenVL.from_pretrained(name)
 
@@ -210,8 +223,9 @@ def test_the_hub_is_asked_for_weights_config_and_vocabulary_only(tiny_base, tiny
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     model = QwenVL.from_pretrained("Qwen/Qwen-VL")
     assert model.fingerprint == tiny_model.fingerprint and model.base == "Qwen/Qwen-VL"
-    assert [name for name, _ in asked] == ["Qwen/Qwen-VL"]
-    assert not any(pattern.endswith((".py", "*")) for _, patterns in asked for pattern in patterns)
+    assert {name for name, _ in asked} == {"Qwen/Qwen-VL"}
+    expected = [["config.json", "qwen.tiktoken", "*.index.json"], ["model*.safetensors"]]
+    assert [patterns for _, patterns in asked] == expected
 
 
 def test_bin_shards_are_fetched_where_there_is_no_safetensors(base, monkeypatch):
@@ -220,7 +234,7 @@ def test_bin_shards_are_fetched_where_there_is_no_safetensors(base, monkeypatch)
     monkeypatch.setattr("huggingface_hub.snapshot_download",
                         lambda name, allow_patterns: asked.append(allow_patterns) or str(base))
     assert QwenVL.from_pretrained("Qwen/Qwen-VL").fingerprint
-    assert len(asked) == 2 and "pytorch_model*.bin" in asked[1] and "pytorch_model*.bin" not in asked[0]
+    assert asked[1:] == [["model*.safetensors"], ["pytorch_model*.bin"]]
 
 
 def test_no_network_is_one_line_that_says_what_to_do(monkeypatch):
@@ -242,6 +256,15 @@ def test_a_model_that_does_not_fit_says_both_numbers_and_the_way_out(tiny_base, 
     refused(tiny_base, r"needs 0\.0 GB as float32 on cpu, 0\.0 GB are free; try --dtype bfloat16")
     monkeypatch.setattr(loading, "free_bytes", lambda device: None)
     assert QwenVL.from_pretrained(tiny_base).fingerprint
+
+
+def test_a_model_that_does_not_fit_is_not_fetched(tiny_base, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download",
+                        lambda name, allow_patterns: asked.append(allow_patterns) or str(tiny_base))
+    monkeypatch.setattr(loading, "free_bytes", lambda device: 10 ** 6)
+    refused("Qwen/Qwen-VL", "needs 0.0 GB")
+    assert asked == [["config.json", "qwen.tiktoken", "*.index.json"]]
 
 
 def test_free_memory_is_read_from_the_system():

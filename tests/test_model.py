@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 import adapters
 import generate
-from model import Config, InputError, QwenVL, RMSNorm, Slot, VisionConfig, layout, ntk_alpha, resize_table, sincos_table
+from config import Config, VisionConfig
+from model import InputError, QwenVL, RMSNorm, Rotary, Slot, layout, ntk_alpha, resize_table, sincos_table
 
 FIXTURES = Path(__file__).parent / "fixtures"
 IMG, END, PAD, VOCAB = 314, 315, 316, 320       # the ids of the tiny models; text is below IMG
@@ -704,3 +705,30 @@ def test_unsuitable_configs_are_refused(tmp_path, content, expected_message):
     with pytest.raises(InputError, match=expected_message) as error:
         Config.from_json(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("alpha", [1, 3, 7])
+def test_angles_of_far_tokens_are_the_official_ones_bit_for_bit(alpha):
+    """Full head width, 8000 tokens: fp32 angles formed in another order differ in the fourth digit there."""
+    config, place = Config(), torch.arange(8000)[None]
+    rotary = Rotary.at(place, alpha, config, training=False)
+    base = 10000 * alpha ** (128 / 126)
+    expected_inv_freq = 1.0 / (base ** (torch.arange(0, 128, 2).float() / 128))
+    expected = torch.outer(torch.arange(8000).float(), expected_inv_freq)
+    assert torch.equal(rotary.cos[0, 0], torch.cat([expected, expected], -1).cos())
+    assert torch.equal(rotary.sin[0, 0], torch.cat([expected, expected], -1).sin())
+    expected_logn = torch.tensor([math.log(i, 2048) if i > 2048 else 1 for i in range(1, 8001)])
+    torch.testing.assert_close(rotary.logn[0, 0, :, 0], expected_logn, atol=1.2e-7, rtol=0)
+
+
+def test_arguments_of_senseless_shape_are_told():
+    model, _ = tiny()
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(ValueError, match=r"must all be \(B, L\)"):
+        model(ids, branch=torch.tensor([[0, 0]]))
+    with pytest.raises(ValueError, match="L ≥ 1"):
+        model(ids[:, :0])
+    spans = torch.tensor([[IMG, *[PAD] * 4, END, 5]])
+    for images in (torch.zeros(1, 3, 56, 42), torch.zeros(1, 3, 60, 60), torch.zeros(1, 3, 56, 56).byte()):
+        with pytest.raises(ValueError, match="images must be"):
+            model(spans, images)
