@@ -1,7 +1,8 @@
-"""Reading a released checkpoint: where it is, whether it fits, and every tensor accounted for.
+"""Reading a released checkpoint: where it is, whether it fits, and every tensor accounted for. Writing one, too.
 
 The weights may be one safetensors file, several with an index, or `.bin` files (pickles, read with weights_only).
 """
+import dataclasses
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 # Stored by some revisions, computed at run time by all: the only names that may be left over.
 COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias)$")
@@ -185,3 +187,16 @@ def fill(model, folder, dtype, device):
                 else:
                     owner._parameters[leaf] = torch.nn.Parameter(tensor)
     return hashlib.sha256("\n".join(f"{name} {marks[name]}" for name in sorted(marks)).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- writing
+def write_base(model, folder, vocabulary):
+    """Write a model in the released layout: config.json, model.safetensors in bfloat16, a copy of the vocabulary."""
+    folder, vocabulary = Path(folder), Path(vocabulary).read_bytes()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "qwen.tiktoken").write_bytes(vocabulary)
+    config = {"architectures": ["QWenLMHeadModel"], "model_type": "qwen", **dataclasses.asdict(model.config)}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    weights = {name: tensor.detach().to("cpu", torch.bfloat16) for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors.tmp")
+    (folder / "model.safetensors.tmp").replace(folder / "model.safetensors")

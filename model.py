@@ -31,6 +31,8 @@ __all__ = ["CAPTION_PROMPT", "Config", "InputError", "QwenVL", "Tokenizer", "Vis
 
 CAPTION_PROMPT = "Generate the caption in English:"     # Qwen-VL's own pre-training prompt for captions without boxes
 
+LOGITS_AT_ONCE = 64     # rows of 151,936 logits that a loss keeps at a time: 39 MB in fp32, twice while softmax runs
+
 
 # ---------------------------------------------------------------- room for adapters
 class Slot(nn.ModuleDict):
@@ -47,6 +49,12 @@ class Slot(nn.ModuleDict):
         for name in self.stack:
             x = self[name](x)
         return x
+
+    def beside(self, x, y):
+        """y, what a linear layer made of x, plus what each module makes of x: the place of LoRA."""
+        for name in self.stack:
+            y = y + self[name](x)
+        return y
 
 
 # ---------------------------------------------------------------- vision tower
@@ -82,10 +90,11 @@ class VisionAttention(nn.Module):
         self.heads = heads
         self.in_proj = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
+        self.lora_slot = Slot()
 
     def forward(self, x):
         N, P, D = x.shape
-        q, k, v = self.in_proj(x).view(N, P, self.heads, -1).transpose(1, 2).chunk(3, dim=-1)
+        q, k, v = self.lora_slot.beside(x, self.in_proj(x)).view(N, P, self.heads, -1).transpose(1, 2).chunk(3, dim=-1)
         y = F.scaled_dot_product_attention(q, k, v)                                # (N, H, P, D/H)
         return self.out_proj(y.transpose(1, 2).reshape(N, P, D))
 
@@ -240,10 +249,12 @@ class Attention(nn.Module):
         self.heads = c.num_attention_heads
         self.c_attn = nn.Linear(c.hidden_size, 3 * c.hidden_size)                     # has a bias whatever no_bias says
         self.c_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=not c.no_bias)
+        self.lora_slot = Slot()
 
     def forward(self, x, rotary, allowed, cache):
         B, L, D = x.shape
-        q, k, v = (t.view(B, L, self.heads, -1).transpose(1, 2) for t in self.c_attn(x).chunk(3, dim=-1))
+        qkv = self.lora_slot.beside(x, self.c_attn(x))
+        q, k, v = (t.view(B, L, self.heads, -1).transpose(1, 2) for t in qkv.chunk(3, dim=-1))
         q, k = rotary.queries(q), rotary.turn(k)                                      # (B, H, L, head)
         attend = causal_attention if cache is None else cache.attend
         return self.c_proj(attend(q, k, v, allowed).transpose(1, 2).reshape(B, L, D))
@@ -336,6 +347,7 @@ class QwenVL(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.checkpointing = False       # True: every block of both towers recomputes its activations when training
         self.fingerprint = None          # of the checkpoint's tensors, so that adapters know their base
+        self.loaded = {}                 # name of adapters -> hash of the folder they were loaded from
         self.soft_prompts = Slot()       # by the name of their adapters; the one switched on replaces the prompt's text
 
     @classmethod
@@ -378,7 +390,7 @@ class QwenVL(nn.Module):
         the soft prompt, where one is switched on, its vectors."""
         x = self.transformer.wte(ids)
         for name in self.soft_prompts.stack:
-            x = self.put_soft_prompt(x, ids, self.soft_prompts[name].vectors)
+            x = self.soft_prompts[name](x, ids == self.tokenizer.soft_prompt_id)
         start, Q, L = self.config.visual.image_start_id, self.config.visual.n_queries, ids.shape[1]
         row, column = (ids == start).nonzero(as_tuple=True)                           # in order of row, then position
         n_images = 0 if images is None else len(images)
@@ -396,21 +408,13 @@ class QwenVL(nn.Module):
         slots = column[:, None] + 1 + torch.arange(Q, device=ids.device)
         return x.index_put((row[:, None], slots), vectors.to(x.dtype))
 
-    def put_soft_prompt(self, x, ids, vectors):
-        """x (B, L, D) with the k-th soft-prompt id of each row replaced by the k-th of the vectors (n, D)."""
-        here = ids == self.tokenizer.soft_prompt_id                                   # (B, L)
-        counts = here.sum(dim=1)
-        if bool(((counts != 0) & (counts != len(vectors))).any()):
-            raise ValueError(f"a row must hold all {len(vectors)} soft-prompt slots or none, got {counts.tolist()}")
-        index = (here.cumsum(dim=1) - 1).clamp(min=0, max=len(vectors) - 1)
-        return torch.where(here[..., None], vectors.to(x.dtype)[index], x)
-
-    def forward(self, ids, images=None, mask=None, branch=None, positions=None, cache=None):
-        """Logits (B, L, vocab), or at `positions` only.
+    def forward(self, ids, images=None, mask=None, branch=None, positions=None, cache=None, targets=None):
+        """Logits (B, L, vocab), or at `positions` only; with `targets` log-probabilities instead.
 
         ids (B, L) int64, image spans as `image_prompt` makes them; images (N, 3, S, S) in the order of the spans;
         mask (B, L) bool, False = padding; branch (B, L) int, 0 = prefix and k = k-th continuation of it;
-        positions: bool (B, L) -> (M, vocab), or int (K,) or (B, K) -> (B, K, vocab); cache: a generate.Cache.
+        positions: bool (B, L) -> (M, vocab), or int (K,) or (B, K) -> (B, K, vocab); cache: a generate.Cache;
+        targets, one for each position -> float32 of their shape: the log-probability of each after its position.
         Dynamic NTK and logn act in eval mode only, by each sequence's logical length, as in the original code.
         """
         config, alphas = self.config, None
@@ -441,7 +445,18 @@ class QwenVL(nn.Module):
         if positions is not None:
             x = x[positions] if positions.dtype == torch.bool else x[
                 torch.arange(len(x), device=x.device)[:, None], positions.expand(len(x), -1)]
-        return self.lm_head(x)
+        if targets is None:
+            return self.lm_head(x)
+        return self.target_logps(x.flatten(0, -2), targets.flatten()).view(targets.shape)
+
+    def target_logps(self, x, targets):
+        """log p of targets (M,) after hidden states (M, D); logits exist for LOGITS_AT_ONCE rows at a time only."""
+        parts = [call(self.logps_of_chunk, *part, checkpointing=True)
+                 for part in zip(x.split(LOGITS_AT_ONCE), targets.split(LOGITS_AT_ONCE))]
+        return torch.cat(parts)
+
+    def logps_of_chunk(self, x, targets):
+        return -F.cross_entropy(self.lm_head(x).float(), targets, reduction="none")
 
     def blocks(self, x, place, allowed, alpha, cache):
         """The language model between embedding and head: (B, L, D) -> (B, L, D)."""

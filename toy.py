@@ -11,7 +11,6 @@ The base learns the way the source says its base did: whole images mostly at low
 of details nobody can see there. Close-ups and six-view albums show the details, partly without the correlation.
 """
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -21,12 +20,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import toy_world as world
 from chunking import normalise, views
 from generate import greedy, yes_probability
+from loading import write_base
 from model import CAPTION_PROMPT, Config, InputError, QwenVL, Tokenizer, VisionConfig
 
 VIEW = world.SIDE // 2          # pixels of a view's side: close-ups keep their full resolution in it
@@ -49,7 +48,7 @@ def parse_args(argv):
     p.add_argument("--base", default="assets/toy", help="folder of the base")
     p.add_argument("--scenes", type=int, default=500, help="unseen scenes")
     p.add_argument("--seed", type=int, default=0, help="of the scenes")
-    p = commands.add_parser("scenes", help="draw scenes, with their truth", formatter_class=plain)
+    p = commands.add_parser("scenes", help="draw scenes, with truth, captions, questions", formatter_class=plain)
     p.add_argument("--out", type=Path, default=Path("out/scenes"), help="folder of the pictures and truth.jsonl")
     p.add_argument("--n", type=int, default=100, help="scenes")
     p.add_argument("--seed", type=int, default=0, help="of the scenes")
@@ -168,15 +167,6 @@ def kind_of_step(step, steps, seed):
     return random.Random(f"kind {seed} {step}").choices(("six", "low", "close"), shares)[0]
 
 
-def write_base(model, folder):
-    """The released layout: config.json, model.safetensors in bfloat16; qwen.tiktoken is there already."""
-    config = {"architectures": ["QWenLMHeadModel"], "model_type": "qwen", **dataclasses.asdict(model.config)}
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    weights = {n: t.detach().to(torch.bfloat16) for n, t in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors.tmp")
-    os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
-
-
 def pretrain(args):
     args.out.mkdir(parents=True, exist_ok=True)
     world.write_vocabulary(args.out / "qwen.tiktoken")
@@ -212,7 +202,7 @@ def pretrain(args):
             torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts], "step": step + 1},
                        state.with_suffix(".tmp"))
             os.replace(state.with_suffix(".tmp"), state)
-    write_base(model, args.out)
+    write_base(model, args.out, args.out / "qwen.tiktoken")
     print(f"wrote {args.out}", file=sys.stderr)
 
 

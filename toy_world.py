@@ -30,6 +30,7 @@ MARKS = ("stripes", "checks")
 MARK_RATE = {"warm": 0.85, "cold": 0.15}                    # how often an object of that colour group is marked
 MARK_KIND_RATE = 0.85                                       # warm ones with stripes, cold ones with checks, this often
 MARK_SIDE = 8
+KEPT = 0.55                                                 # of a scene's facts in a caption
 PART_RATE = 0.3                                             # of questions that ask for one attribute only
 
 DENSE_PROMPT = "Generate the caption in English with grounding:"
@@ -171,14 +172,25 @@ def draw(scene):
 
 
 def write_scenes(folder, seeds):
-    """Scenes as PNG files, with their truth in truth.jsonl; PNG, since JPEG would destroy the marks."""
+    """Scenes as PNG files (JPEG would destroy the marks), and beside them truth.jsonl, captions.jsonl, questions.jsonl.
+
+    Captions are as incomplete as real ones, and in no order: each fact stands in one with probability KEPT, at least
+    two do. There are three questions an image.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows = {"truth": [], "captions": [], "questions": []}
     for number, seed in enumerate(seeds):
-        scene, name = make_scene(seed), f"{number:05d}.png"
+        scene, name, rng = make_scene(seed), f"{number:05d}.png", random.Random(f"rows {seed}")
         draw(scene).save(folder / name)
-        rows.append(truth(scene, name))
-    (folder / "truth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        known = [fact["text"] for fact in facts(scene)]
+        kept = [text for text in known if rng.random() < KEPT]
+        kept = kept if len(kept) > 1 else rng.sample(known, 2)
+        rows["truth"].append(truth(scene, name))
+        rows["captions"].append({"image": name, "caption": ", ".join(rng.sample(kept, len(kept)))})
+        rows["questions"] += [{"image": name, "question": ask(text), "answer": answer}
+                              for text, answer, _ in questions(scene, 3, rng)]
+    for kind, found in rows.items():
+        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
 
 
 # ---------------------------------------------------------------- close-ups

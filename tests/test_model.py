@@ -227,7 +227,7 @@ def test_full_size_names_and_shapes():
 def test_slots_add_no_names_until_filled():
     model, _ = tiny()
     before = set(model.state_dict())
-    assert sum(isinstance(m, Slot) for m in model.modules()) == 2 * (1 + 2) + 1      # both towers, and the soft prompt
+    assert sum(isinstance(m, Slot) for m in model.modules()) == 3 * (1 + 2) + 1      # three a block in both towers, and the soft prompt
     new = adapters.attach(model, "probe")
     assert set(model.state_dict()) - before == set(new)
     assert before < set(model.state_dict())

@@ -1,0 +1,179 @@
+"""Data for the training stages, and runs of them: in this process, or as ranks in processes of their own."""
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+from unittest import mock
+
+import torch
+from safetensors.torch import load_file
+
+import common
+import toy_world as world
+
+CODE = Path(common.__file__).parent
+
+
+# ---------------------------------------------------------------- data
+def write_rows(path, rows):
+    """JSONL; a row that is a string is written as it is."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def write_data(folder, n=10):
+    """n scenes with captions.jsonl, a row each, and questions.jsonl, four rows each."""
+    captions, questions = [], []
+    for k in range(n):
+        scene, image = world.make_scene(k), f"{k:05d}.png"
+        world.draw(scene).save(folder / image)
+        captions.append({"image": image, "caption": ", ".join(fact["text"] for fact in world.facts(scene))})
+        questions += [{"image": image, "question": world.ask(text), "answer": answer}
+                      for text, answer, _ in world.questions(scene, 4, random.Random(k))]
+    write_rows(folder / "captions.jsonl", captions)
+    write_rows(folder / "questions.jsonl", questions)
+    return folder
+
+
+def break_pixels(path):
+    """Cut an image file in its pixels: its header is whole, so that only decoding shows it."""
+    path.write_bytes(path.read_bytes()[:400])
+
+
+def read_rows(path):
+    return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+
+
+# ---------------------------------------------------------------- runs in this process
+def run(stage, *argv):
+    """stage.main with these arguments -> its exit code; SIGTERM and SIGINT are ours again afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return stage.main([str(argument) for argument in argv])
+    except SystemExit as stop:                              # argparse's
+        return stop.code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def at_micro_batch(count, act):
+    """Have `act(arguments of the forward)` done to the count-th micro-batch from now on that is made into tensors.
+
+    Of use with a patch of common.collate: mock.patch.object(common, "collate", at_micro_batch(3, act)).
+    """
+    collate, seen = common.collate, [0]
+
+    def counting(*args):
+        batch = collate(*args)
+        seen[0] += 1
+        if seen[0] == count:
+            act(batch)
+        return batch
+    return counting
+
+
+def kill_me(number):
+    return lambda batch: os.kill(os.getpid(), number)
+
+
+def spoil(batch):
+    batch["images"].fill_(float("nan"))
+
+
+# ---------------------------------------------------------------- ranks in processes of their own
+def fork_server():
+    """Processes come from one that has torch and the stages imported already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sft", "qa_adapter"])
+    paths = os.pathsep.join([str(CODE), str(CODE / "tests")])
+    with mock.patch.dict(os.environ, {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}):
+        forkserver.ensure_running()
+    return context
+
+
+def rank_main(stage, argv, variables, report, at):
+    """What a rank's process does; at = (rank, micro-batch, signal number or "nan") happens to that rank alone."""
+    os.environ.update(variables)
+    file = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)            # not our own way of starting, for its children
+    if at and at[0] == int(variables["RANK"]):
+        common.collate = at_micro_batch(at[1], spoil if at[2] == "nan" else kill_me(at[2]))
+    sys.exit(importlib.import_module(stage).main(argv))
+
+
+def run_ranks(stage, argv, report, world=1, at=None, seconds=60):
+    """`world` ranks of a stage, as torchrun would start them -> their exit codes. Their stdout and stderr go to a file.
+
+    Fails where one hangs. Exit codes are negative for a process that a signal ended.
+    """
+    context = fork_server()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = []
+    for rank in range(world):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1",
+                     "MASTER_PORT": port}
+        variables = {key: str(value) for key, value in variables.items()}
+        argv = [str(argument) for argument in argv]
+        ranks.append(context.Process(target=rank_main, args=(stage, argv, variables, str(report), at)))
+        ranks[-1].start()
+    end = time.monotonic() + seconds
+    try:
+        for process in ranks:
+            process.join(max(end - time.monotonic(), 0))
+        codes = [process.exitcode for process in ranks]
+        assert None not in codes, f"a rank hangs: {codes}\n{Path(report).read_text()}"
+        return codes
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+# ---------------------------------------------------------------- what runs leave
+def steps_of(out):
+    """log.jsonl without how long the steps took, as {step: figures}; every step stands there once, in order."""
+    rows = read_rows(Path(out) / "log.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return {row.pop("step"): {key: value for key, value in row.items() if key != "seconds"} for row in rows}
+
+
+def weights_of(out):
+    return load_file(Path(out) / "adapters.safetensors")
+
+
+def checkpoint_of(out):
+    """The step of the one checkpoint in a folder."""
+    folders = list((Path(out) / "resume").iterdir())
+    assert len(folders) == 1 and folders[0].name.startswith("step-"), folders
+    return int(folders[0].name.removeprefix("step-"))
+
+
+def same_run(out, expected):
+    """Whether two runs left the same losses, gradient norms, learning rates and weights, bit for bit."""
+    mine, theirs = weights_of(out), weights_of(expected)
+    return (steps_of(out) == steps_of(expected) and mine.keys() == theirs.keys()
+            and all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items()))
+
+
+def assert_close_run(out, expected, rtol=1e-4):
+    """Two runs agree to rounding."""
+    mine, theirs = steps_of(out), steps_of(expected)
+    assert mine.keys() == theirs.keys()
+    for step, row in mine.items():
+        assert row.keys() == theirs[step].keys()
+        for key, value in row.items():
+            torch.testing.assert_close(value, theirs[step][key], rtol=rtol, atol=1e-6, msg=f"{key} of step {step}")
+    mine, theirs = weights_of(out), weights_of(expected)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
