@@ -108,7 +108,10 @@ def start_ranks(device):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
+        # torchrun keeps one store over its restarts; without a prefix, a rank may find the address of a dead one
+        store, rank, world = next(dist.rendezvous("env://", rank, world))
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
     return Ranks(rank, world, device)
 
 
@@ -452,7 +455,6 @@ def worker_signals(_):
     """A loader's workers leave signals to their group to the main process, and end when it says so."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------- the loop

@@ -136,6 +136,12 @@ def test_scenes_command_writes_pictures_and_truth(tmp_path):
     assert [row["image"] for row in rows] == ["00000.png", "00001.png", "00002.png"]
     scene = world.make_scene("scenes 7 1")
     assert rows[1] == world.truth(scene, "00001.png")
+    captions, questions = ([json.loads(line) for line in (tmp_path / f"s/{kind}.jsonl").read_text().splitlines()]
+                           for kind in ("captions", "questions"))
+    for row, caption in zip(rows, captions):
+        said, true = world.statements(caption["caption"]), {fact["text"] for fact in row["facts"]}
+        assert caption["image"] == row["image"] and len(set(said)) == len(said) >= 2 and set(said) <= true
+    assert len(questions) == 9 and all(q["answer"].startswith(("Yes", "No")) for q in questions)
     assert np.array_equal(np.asarray(open_image(tmp_path / "s/00001.png")), np.asarray(world.draw(scene)))
 
 
