@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import adapters
 import common
+import dataset
 from chunking import BOXES, open_image, views
 from common import ShardedAdamW
 from generate import yes_probability
@@ -42,7 +43,7 @@ def parse_args(argv):
 def read_questions(path):
     """Rows [{"image", "question", "answer", "yes"}], answers as ` Yes …` or ` No …`, and bad ones [(where, reason)]."""
     rows, bad = [], []
-    for where, row in common.read_jsonl(path):
+    for where, row in dataset.read_jsonl(path):
         row = row or {}
         image, question, answer = (row.get(key) for key in ("image", "question", "answer"))
         if not all(isinstance(part, str) and part.strip() for part in (image, question, answer)):
@@ -52,13 +53,13 @@ def read_questions(path):
         said = re.match(r"(yes|no)\b", answer, re.IGNORECASE)
         if said is None:
             bad.append((where, f"the answer {answer[:30]!r} starts with neither yes nor no"))
-        elif not common.is_there(image):
+        elif not dataset.is_there(image):
             bad.append((where, f"{image} is not there"))
         else:
             rows.append({"where": where, "image": image, "question": " ".join(question.split()),
                          "yes": said[1].lower() == "yes",
                          "answer": f" {said[1].capitalize()}{answer[said.end():]}"})
-    return common.need_rows(path, rows, bad)
+    return dataset.need_rows(path, rows, bad)
 
 
 def fit_context(model, rows, bad):
@@ -112,8 +113,8 @@ def train(args, ranks):
     # ---- data
     rows, bad = read_questions(args.data)
     rows, n_cut = fit_context(model, rows, bad)
-    common.need_rows(args.data, rows, bad)
-    rows, held = common.split(rows, args.holdout, args.seed)
+    dataset.need_rows(args.data, rows, bad)
+    rows, held = dataset.split(rows, args.holdout, args.seed)
 
     # ---- model and what is frozen
     adapters.attach(model, "qa", ("language",), args.reduction, below=captioner["name"])
@@ -134,7 +135,7 @@ def train(args, ranks):
         return sum(len(row["ids"]) - row["n_prompt"] for row in examples)
 
     def loss_of(policy, examples):
-        return -policy(**common.collate(examples, model, ranks.device)).sum() * bool(examples), {}
+        return -policy(**dataset.collate(examples, model, ranks.device)).sum() * bool(examples), {}
 
     broken = {}             # held-out images that were told
 
@@ -147,7 +148,7 @@ def train(args, ranks):
             try:
                 pixels = views(open_image(image), model.config.visual.image_size)
             except InputError as error:
-                common.good_rows([error], broken)
+                dataset.good_rows([error], broken)
                 continue
             p_yes += yes_probability(model, pixels, [row["question"] for row in about]).tolist()
             truth += [row["yes"] for row in about]
@@ -159,11 +160,11 @@ def train(args, ranks):
 
     # ---- optimizer, resume, loop
     optimizer = ShardedAdamW(trained, args.weight_decay, ranks)
-    run = {"base": model.fingerprint, "questions": len(rows), "rows": common.rows_hash(rows),
+    run = {"base": model.fingerprint, "questions": len(rows), "rows": dataset.rows_hash(rows),
            "captioner": model.loaded[captioner["name"]]}
     run |= {key: str(getattr(args, key)) for key in ("reduction", *common.RUN)}
     if ranks.is_master:
-        common.tell_bad("qa_adapter.py", bad)
+        dataset.tell_bad("qa_adapter.py", bad)
         common.announce(f"captioner {args.init}; {len(rows)} questions, {len(bad)} bad ones left out, {len(held)} "
                         f"held out, {n_cut} cut to fit the context", model, trained, ranks, args.micro_batch)
     code, counts = common.fit(args, ranks, policy, optimizer, rows, make, n_targets, loss_of, validate, run)

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import adapters
 import common
+import dataset
 import loading
 from chunking import BOXES, open_image, views
 from common import ShardedAdamW
@@ -64,8 +65,8 @@ def main(argv=None):
 def train(args, ranks):
     """The whole stage on one rank -> exit code."""
     # ---- data
-    rows, bad = common.read_captions(args.data)
-    rows, held = common.split(rows, args.holdout, args.seed)
+    rows, bad = dataset.read_captions(args.data)
+    rows, held = dataset.split(rows, args.holdout, args.seed)
 
     # ---- model and what is frozen
     torch.manual_seed(args.seed)
@@ -89,7 +90,7 @@ def train(args, ranks):
         return sum(len(row["ids"]) - row["n_prompt"] for row in examples)
 
     def loss_of(policy, examples):
-        return -policy(**common.collate(examples, model, ranks.device)).sum() * bool(examples), {}
+        return -policy(**dataset.collate(examples, model, ranks.device)).sum() * bool(examples), {}
 
     broken = {}             # held-out rows that were told
 
@@ -100,7 +101,7 @@ def train(args, ranks):
             try:
                 example = make(row)
             except InputError as error:
-                common.good_rows([error], broken)
+                dataset.good_rows([error], broken)
                 continue
             total, tokens = total + loss_of(model, [example])[0].item(), tokens + n_targets([example])
         total, tokens = ranks.sum(total, tokens)
@@ -109,11 +110,11 @@ def train(args, ranks):
     # ---- optimizer, resume, loop
     optimizer = ShardedAdamW(trained, args.weight_decay, ranks)
     keys = ("init", "tune", "reduction", "rank", "soft_prompt", *common.RUN)
-    run = {"base": model.fingerprint, "captions": len(rows), "rows": common.rows_hash(rows)}
+    run = {"base": model.fingerprint, "captions": len(rows), "rows": dataset.rows_hash(rows)}
     run |= {key: str(getattr(args, key)) for key in keys}
     n_cut = sum(encode(model.tokenizer, prompt, row["caption"], model.config.seq_length)[1] for row in rows)
     if ranks.is_master:
-        common.tell_bad("sft.py", bad)
+        dataset.tell_bad("sft.py", bad)
         common.announce(f"{len(rows)} captions, {len(bad)} bad ones left out, {len(held)} held out, {n_cut} cut to fit "
                         "the context", model, trained, ranks, args.micro_batch)
     code, counts = common.fit(args, ranks, policy, optimizer, rows, make, n_targets, loss_of, validate, run)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import common
+import dataset
 import toy_world as world
 
 CODE = Path(common.__file__).parent
@@ -67,9 +68,9 @@ def run(stage, *argv):
 def at_micro_batch(count, act):
     """Have `act(arguments of the forward)` done to the count-th micro-batch from now on that is made into tensors.
 
-    Of use with a patch of common.collate: mock.patch.object(common, "collate", at_micro_batch(3, act)).
+    Of use with a patch of dataset.collate: mock.patch.object(dataset, "collate", at_micro_batch(3, act)).
     """
-    collate, seen = common.collate, [0]
+    collate, seen = dataset.collate, [0]
 
     def counting(*args):
         batch = collate(*args)
@@ -108,7 +109,7 @@ def rank_main(stage, argv, variables, report, at):
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)            # not our own way of starting, for its children
     if at and at[0] == int(variables["RANK"]):
-        common.collate = at_micro_batch(at[1], spoil if at[2] == "nan" else kill_me(at[2]))
+        dataset.collate = at_micro_batch(at[1], spoil if at[2] == "nan" else kill_me(at[2]))
     sys.exit(importlib.import_module(stage).main(argv))
 
 

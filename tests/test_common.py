@@ -18,7 +18,9 @@ from PIL import Image
 
 import adapters
 import common
-from common import MicroBatches, Ranks, ShardedAdamW, Stop
+import dataset
+from common import Ranks, ShardedAdamW, Stop
+from dataset import MicroBatches
 from model import Config, InputError, QwenVL
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -80,7 +82,7 @@ def test_jsonl_imagefolder_and_texts_beside_read_the_same(images):
     expected = [{"image": images / name, "caption": " ".join(text.split())} for name, text in captions.items()]
 
     def read(data):
-        rows, bad = common.read_captions(data)
+        rows, bad = dataset.read_captions(data)
         assert bad == []
         return [{key: row[key] for key in ("image", "caption")} for row in rows]
 
@@ -110,13 +112,13 @@ def test_bad_rows_are_told_with_file_and_line(images, capsys):
         {"image": "", "caption": "x"}, {"image": "a\0b.png", "caption": "x"}, '{"image": "a.png", "caption": "\ufeff',
         {**good, "caption": "blue"}])
     path.write_bytes(path.read_bytes() + b'{"image": "a.png", "caption": "\xff"}\n')
-    rows, bad = common.read_captions(path)
+    rows, bad = dataset.read_captions(path)
     assert [row["caption"] for row in rows] == ["red", "blue"]
     expected = {2: "JSON", 3: "no caption", 5: "no caption", 6: "none.png is not there", 7: "JSON", 8: "JSON",
                 9: "no caption", 10: "JSON", 11: "JSON", 12: "not there", 13: "not there", 14: "JSON", 16: "JSON"}
     assert [where for where, _ in bad] == [f"{path}:{line}" for line in expected]
     assert all(word in reason for (_, reason), word in zip(bad, expected.values()))
-    common.tell_bad("sft.py", bad)
+    dataset.tell_bad("sft.py", bad)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith(f"sft.py: left out: {path}:2: ") and lines[-1] == "sft.py: left out: 3 more"
     assert len(lines) == 11
@@ -127,41 +129,41 @@ def test_bad_rows_are_told_with_file_and_line(images, capsys):
 def test_no_row_ends_a_run(images, row):
     """Python's JSON reader and Path.is_file raise their own errors for these."""
     path = stages.write_rows(images / "rows.jsonl", [{"image": "a.png", "caption": "red"}, row])
-    rows, bad = common.read_captions(path)
+    rows, bad = dataset.read_captions(path)
     assert len(rows) == 1 and [where for where, _ in bad] == [f"{path}:2"]
 
 
 def test_data_without_a_usable_row_is_an_error(images):
     with pytest.raises(InputError, match="no usable"):
-        common.read_captions(images)                        # no text beside any of the three
+        dataset.read_captions(images)                        # no text beside any of the three
     path = stages.write_rows(images / "rows.jsonl", ["{", {"image": "a.png", "caption": ""}])
     with pytest.raises(InputError, match=r"no usable .*; the first of 2 bad .*rows\.jsonl:1: "):
-        common.read_captions(path)
+        dataset.read_captions(path)
     with pytest.raises(InputError, match="cannot be read") as error:
-        common.read_captions(images / "nowhere.jsonl")
+        dataset.read_captions(images / "nowhere.jsonl")
     assert "\n" not in str(error.value)
 
 
 def test_the_held_out_part_is_whole_images(images):
     rows = [{"image": images / f"{k % 10}.png", "n": k} for k in range(40)]
-    train, held = common.split(rows, 0.2, seed=0)
+    train, held = dataset.split(rows, 0.2, seed=0)
     theirs = {row["image"] for row in held}
     assert len(theirs) == 2 and len(held) == 8 and not theirs & {row["image"] for row in train}
     assert sorted(row["n"] for row in train + held) == list(range(40)) and [r["n"] for r in train] == sorted(
         row["n"] for row in train)
-    assert common.split(rows, 0.2, seed=0) == (train, held)
-    assert common.split(list(reversed(rows)), 0.2, seed=0)[1] == list(reversed(held))      # whatever their order
-    assert any(common.split(rows, 0.2, seed)[1] != held for seed in range(1, 5))
-    assert common.split(rows, 0, seed=0) == (rows, [])
-    assert len({row["image"] for row in common.split(rows, 1e-9, seed=0)[1]}) == 1         # asked for, so at least one
-    assert common.split(rows[:1], 0.5, seed=0) == (rows[:1], [])                            # but training comes first
-    assert {row["image"] for row in common.split(rows, 0.999, seed=0)[0]} != set()
+    assert dataset.split(rows, 0.2, seed=0) == (train, held)
+    assert dataset.split(list(reversed(rows)), 0.2, seed=0)[1] == list(reversed(held))      # whatever their order
+    assert any(dataset.split(rows, 0.2, seed)[1] != held for seed in range(1, 5))
+    assert dataset.split(rows, 0, seed=0) == (rows, [])
+    assert len({row["image"] for row in dataset.split(rows, 1e-9, seed=0)[1]}) == 1         # asked for, so at least one
+    assert dataset.split(rows[:1], 0.5, seed=0) == (rows[:1], [])                            # but training comes first
+    assert {row["image"] for row in dataset.split(rows, 0.999, seed=0)[0]} != set()
 
 
 # ---------------------------------------------------------------- batches
 @pytest.mark.parametrize("n_rows, batch", [(10, 4), (3, 8), (1, 2), (7, 7)])
 def test_every_epoch_takes_every_row_once_in_an_order_of_its_own(n_rows, batch):
-    steps = [common.step_rows(n_rows, batch, step, seed=0) for step in range(5 * n_rows)]
+    steps = [dataset.step_rows(n_rows, batch, step, seed=0) for step in range(5 * n_rows)]
     assert all(len(rows) == batch for rows in steps)
     taken = [row for rows in steps for row in rows]
     assert [epoch for _, epoch in taken] == [k // n_rows for k in range(len(taken))]
@@ -169,8 +171,8 @@ def test_every_epoch_takes_every_row_once_in_an_order_of_its_own(n_rows, batch):
     assert all(sorted(order) == list(range(n_rows)) for order in orders)
     assert n_rows < 7 or len(set(orders)) > 3
     random.seed(1)                                          # and no other state matters
-    assert common.step_rows(n_rows, batch, 3, seed=0) == steps[3]
-    assert n_rows < 7 or common.step_rows(n_rows, batch, 0, seed=1) != steps[0]
+    assert dataset.step_rows(n_rows, batch, 3, seed=0) == steps[3]
+    assert n_rows < 7 or dataset.step_rows(n_rows, batch, 0, seed=1) != steps[0]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 6])
@@ -183,7 +185,7 @@ def test_ranks_share_a_step_without_gap_or_overlap(world, batch, micro_batch):
     assert all(len(micro) <= micro_batch for rank in lists for micro in rank)
     for step in range(4):
         found = [row for rank in lists for micro in rank[step * per_step:(step + 1) * per_step] for row in micro]
-        assert sorted(found) == sorted(common.step_rows(11, batch, step, 0))
+        assert sorted(found) == sorted(dataset.step_rows(11, batch, step, 0))
     later = MicroBatches(11, batch, micro_batch, 2, 4, 0, ranks_of(world)[-1])
     assert list(later) == lists[-1][2 * per_step:]          # a resumed run goes on at the same row
 
@@ -195,7 +197,7 @@ def test_what_cannot_be_made_takes_the_place_of_its_row(workers):
             raise InputError("bad.png: damaged")
         return row["x"], epoch
     batches = [[(0, 0), (2, 0)], [], [(1, 0)], [(2, 1)]]
-    found = list(common.loader([{"x": x, "where": "rows:1"} for x in ("a", "bad", "c")], make, batches, workers))
+    found = list(dataset.loader([{"x": x, "where": "rows:1"} for x in ("a", "bad", "c")], make, batches, workers))
     assert [len(part) for part in found] == [2, 0, 1, 1]
     assert found[0] == [("a", 0), ("c", 0)] and found[3] == [("c", 1)]
     assert isinstance(found[2][0], InputError) and "bad.png" in str(found[2][0])
@@ -206,7 +208,7 @@ def test_workers_start_whatever_python_s_default_is():
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method("forkserver", force=True)
     try:
-        assert list(common.loader([{"x": 5}], lambda row, epoch: row["x"], [[(0, 0)]], 1)) == [[5]]
+        assert list(dataset.loader([{"x": 5}], lambda row, epoch: row["x"], [[(0, 0)]], 1)) == [[5]]
     finally:
         multiprocessing.set_start_method(before, force=True)
 
@@ -215,7 +217,7 @@ def test_collate_pads_on_the_right_and_aims_at_what_follows_the_prompt(tiny_mode
     prompts, targets = [tiny_model.image_prompt(1, text) for text in ("", " red")], [[7, 8], [9, 10, 11, 12]]
     rows = [{"ids": prompt + target, "n_prompt": len(prompt), "views": torch.full((1, 3, 28, 28), float(k))}
             for k, (prompt, target) in enumerate(zip(prompts, targets))]
-    batch = common.collate(rows, tiny_model, "cpu")
+    batch = dataset.collate(rows, tiny_model, "cpu")
     assert batch["targets"].tolist() == [7, 8, 9, 10, 11, 12]
     assert batch["mask"].sum(1).tolist() == [len(row["ids"]) for row in rows]
     assert batch["images"].shape == (2, 3, 28, 28) and batch["images"][1, 0, 0, 0] == 1
@@ -223,7 +225,7 @@ def test_collate_pads_on_the_right_and_aims_at_what_follows_the_prompt(tiny_mode
         n, whole = row["n_prompt"], len(row["ids"])
         assert batch["ids"][b, :whole].tolist() == row["ids"]
         assert batch["positions"][b].nonzero().flatten().tolist() == list(range(n - 1, whole - 1))
-    blank = common.collate([], tiny_model, "cpu")
+    blank = dataset.collate([], tiny_model, "cpu")
     assert tiny_model(**blank).shape == (1,)                # something to run, where a rank has no row left
 
 
@@ -581,7 +583,7 @@ def test_a_loader_s_workers_are_out_of_reach_of_their_group_s_signals(tmp_path, 
         return float(os.getpgid(0) == os.getppid() or os.getpgid(0) == group)
     group = os.getpgid(0)
     batches = MicroBatches(4, 2, 2, 0, 2, 0, ALONE)
-    found = list(common.loader([0] * 4, make, batches, 1))
+    found = list(dataset.loader([0] * 4, make, batches, 1))
     assert found == [[0.0, 0.0], [0.0, 0.0]]
 
 

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
@@ -21,7 +20,9 @@ from stages import weights_of
 
 import adapters
 import common
+import dataset
 import dpo
+import pairs
 import toy_world
 from chunking import BOXES, open_image, views
 from model import LOGITS_AT_ONCE, QwenVL
@@ -414,7 +415,8 @@ def drawn_by(monkeypatch, calls):
     def noted(model, examples, *rest):
         calls.extend((example["id"], tuple(example["drawn"])) for example in examples if "drawn" in example)
         return real(model, examples, *rest)
-    monkeypatch.setattr(dpo, "caption_logps", noted)
+    for module in (dpo, pairs):
+        monkeypatch.setattr(module, "caption_logps", noted)
 
 
 def visits(calls):
@@ -469,7 +471,8 @@ def referenced(monkeypatch):
         found = reference_logps(*args)
         inside.clear()
         return found
-    monkeypatch.setattr(dpo, "caption_logps", counted)
+    for module in (dpo, pairs):
+        monkeypatch.setattr(module, "caption_logps", counted)
     monkeypatch.setattr(dpo, "reference_logps", entered)
 
     def count():
@@ -605,7 +608,7 @@ def test_held_out_rows_have_their_figures_at_checkpoints(train, tiny_base, capti
     out = train("out", "--loss", kind, "--max-steps", 3, "--save-every", 2, "--holdout", 0.34, "--max-rejected", 9)
     log = log_of(out)
     rows, _ = dpo.read_golden(golden)
-    held = [int(row["id"]) - 1 for row in common.split(rows, 0.34, 0)[1]]
+    held = [int(row["id"]) - 1 for row in dataset.split(rows, 0.34, 0)[1]]
     assert len(held) == 2
     assert [any(key.startswith("held_out") for key in row) for row in log] == [False, True, True]
     assert {f"held_out_{name}" for name in NAMES[:11]} <= log[1].keys()
@@ -623,9 +626,10 @@ def test_held_out_rows_are_never_trained_on(train, golden, monkeypatch):
         if torch.is_grad_enabled():
             trained_on.update(example["id"] for example in examples)
         return real(model, examples, *rest)
-    monkeypatch.setattr(dpo, "caption_logps", noted)
+    for module in (dpo, pairs):
+        monkeypatch.setattr(module, "caption_logps", noted)
     train("out", "--epochs", 2, "--holdout", 0.34, "--sft-first")
-    held = {row["id"] for row in common.split(dpo.read_golden(golden)[0], 0.34, 0)[1]}
+    held = {row["id"] for row in dataset.split(dpo.read_golden(golden)[0], 0.34, 0)[1]}
     assert len(trained_on) == 4 and not trained_on & held
 
 
@@ -663,7 +667,7 @@ def test_sft_first_is_the_start_and_the_reference(train, tiny_base, captioner, g
     first = weights_of(out / "sft-first")
     assert [n for n in first if torch.equal(first[n], weights_of(captioner)[n])] == ["soft_prompts.caption.vectors"]
     assert log[0]["preference_loss"] == pytest.approx(math.log(2), abs=1e-4) and abs(log[0]["rewards/chosen"]) < 1e-4
-    rows = [row for row, _ in common.step_rows(N_ROWS, 3, 0, 0)]
+    rows = [row for row, _ in dataset.step_rows(N_ROWS, 3, 0, 0)]
     model = loaded(tiny_base, out / "sft-first")
     expected = plain_step(model, loaded(tiny_base, out / "sft-first"), golden, "dpo", 0.1, 1, numbers=rows)
     assert log[0]["loss"] == pytest.approx(expected["loss"], rel=1e-4)
@@ -689,7 +693,7 @@ def test_sft_first_stopped_in_either_part_goes_on_as_if_it_had_not(train, captio
     more = ("--sft-first", "--sft-epochs", 1.5, "--batch", 4, "--max-steps", 3, "--micro-batch", 2)
     expected = train("whole", *more)
     with monkeypatch.context() as patch:
-        patched(patch, common if where == "collate" else dpo, where, 4, signal.SIGTERM)
+        patched(patch, dataset if where == "collate" else dpo, where, 4, signal.SIGTERM)
         assert dpo.main(flags(captioner, golden, tmp_path / "out", *more)) == 128 + signal.SIGTERM
     assert (tmp_path / "out" / "adapters.json").exists() is False
     out = train("out", *more)
@@ -812,13 +816,8 @@ def test_a_run_killed_outright_goes_on_bit_equal(train, captioner, golden, tmp_p
 
 @pytest.fixture(scope="module")
 def unstopped_ranks(captioner, golden, tmp_path_factory):
-    """Two ranks, started by torchrun itself."""
     out = tmp_path_factory.mktemp("ranks") / "out"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(Path(dpo.__file__)), *flags(captioner, golden, out, *STOPPED)]
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=one_thread, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert run_ranks(2, flags(captioner, golden, out, *STOPPED), out.parent / "err") == [0, 0]
     return out
 
 
@@ -860,7 +859,7 @@ def stopped_in_reference(argv, call, number):
         if len(calls) == call:
             os.kill(os.getpid(), number)
         return real(*args)
-    dpo.caption_logps = striking
+    dpo.caption_logps = pairs.caption_logps = striking
     sys.exit(dpo.main(argv))
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import adapters
 import common
+import dataset
 import loading
 import model as model_file
 import sft
@@ -132,7 +133,7 @@ def test_log_probs_in_chunks_equal_those_of_full_logits(tiny_model, data, monkey
     prompt = tiny_model.caption_prompt(len(BOXES))
     examples = [{"ids": prompt + tiny_model.tokenizer.encode(" " + caption), "n_prompt": len(prompt),
                  "views": views(open_image(path), SIDE)} for path, caption in captions(data)[:3]]
-    batch = common.collate(examples, tiny_model, "cpu")
+    batch = dataset.collate(examples, tiny_model, "cpu")
     targets = batch.pop("targets")
     assert len(targets) > 20
     trained = {n: p for n, p in tiny_model.named_parameters() if p.requires_grad}
@@ -288,7 +289,7 @@ def test_the_held_out_loss_is_that_of_images_no_step_saw(tiny_base, data, tmp_pa
                "--max-steps", 4, "--save-every", 2)
     logged = stages.steps_of(tmp_path)
     assert [step for step, row in logged.items() if "held_out_loss" in row] == [2, 4]
-    training, held = common.split(common.read_captions(double)[0], 0.3, 0)
+    training, held = dataset.split(dataset.read_captions(double)[0], 0.3, 0)
     assert len(held) == 6 and validates[-1] == 10           # all images were opened: seven to train, three to validate
     assert not {row["image"] for row in training} & {row["image"] for row in held}
     with torch.no_grad():
@@ -391,7 +392,7 @@ def test_one_times_eight_is_eight_times_one_is_two_ranks(tiny_base, data, tmp_pa
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(whole, tiny_base, data, tmp_path, at, expected_step):
     """SIGTERM with the at-th of 24 micro-batches: in the middle of a step, of an epoch, right behind a checkpoint."""
     argv = arguments(tiny_base, data, tmp_path / "out")
-    with mock.patch.object(common, "collate", stages.at_micro_batch(at, stages.kill_me(signal.SIGTERM))):
+    with mock.patch.object(dataset, "collate", stages.at_micro_batch(at, stages.kill_me(signal.SIGTERM))):
         assert stages.run(sft, *argv) == 143
     assert stages.checkpoint_of(tmp_path / "out") == expected_step == len(stages.steps_of(tmp_path / "out"))
     assert not (tmp_path / "out/adapters.json").exists()    # not a finished stage yet
@@ -489,6 +490,7 @@ def wait_for_step(out, step, process, seconds=60):
     pytest.fail(f"step {step} did not come")
 
 
+@pytest.mark.skipif(not os.environ.get("ATAC_TORCHRUN"), reason="kills a rank of a real torchrun, for half a minute: ATAC_TORCHRUN=1")
 def test_torchrun_restarts_after_kill_9_and_saves_at_sigterm(tiny_base, data, tmp_path):
     """Real torchrun with loader workers: a rank dies, --max-restarts goes on; SIGTERM saves the last step's end.
 
@@ -537,7 +539,7 @@ sys.exit(sft.main())
 def broken(data, tmp_path):
     """The ten scenes; two images of the training part end in the middle of their pixels."""
     copy = shutil.copytree(data, tmp_path / "broken")
-    training, _ = common.split(common.read_captions(copy / "captions.jsonl")[0], 0.2, 0)
+    training, _ = dataset.split(dataset.read_captions(copy / "captions.jsonl")[0], 0.2, 0)
     for row in training[1:3]:
         stages.break_pixels(row["image"])
     return copy, [row["image"] for row in training[1:3]]
@@ -555,7 +557,7 @@ def test_an_image_with_broken_pixels_is_left_out_alone(tiny_base, broken, tmp_pa
         assert f"captions.jsonl:{number}: " in line and "damaged" in line
     assert err.splitlines()[-1].endswith("2 rows had a broken image")
     rows = [row for row in captions(data) if row[0] not in bad]
-    held = {row["image"] for row in common.split(common.read_captions(data / "captions.jsonl")[0], 0.2, 0)[1]}
+    held = {row["image"] for row in dataset.split(dataset.read_captions(data / "captions.jsonl")[0], 0.2, 0)[1]}
     model = QwenVL.from_pretrained(tiny_base)
     adapters.attach(model, "caption", soft_prompt=True)
     total, n = reference_nll(model.train(), [row for row in rows if row[0] not in held])
@@ -575,7 +577,7 @@ def test_broken_images_on_two_ranks_never_hang_one(tiny_base, broken, tmp_path):
 
 def test_a_broken_image_of_the_held_out_part_is_told(tiny_base, data, tmp_path, capsys):
     copy = shutil.copytree(data, tmp_path / "data")
-    held = common.split(common.read_captions(copy / "captions.jsonl")[0], 0.2, 0)[1]
+    held = dataset.split(dataset.read_captions(copy / "captions.jsonl")[0], 0.2, 0)[1]
     stages.break_pixels(held[0]["image"])
     assert stages.run(sft, *arguments(tiny_base, copy, tmp_path / "out", "--save-every", 2)) == 0
     err = capsys.readouterr().err
