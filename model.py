@@ -244,6 +244,8 @@ class Rotary:
 
 
 class Attention(nn.Module):
+    """Causal self-attention; q, k and v lie in three blocks of c_attn's output, heads within each."""
+
     def __init__(self, c):
         super().__init__()
         self.heads = c.num_attention_heads

@@ -168,6 +168,7 @@ def kind_of_step(step, steps, seed):
 
 
 def pretrain(args):
+    """Train a base from scratch, or go on from its last checkpoint, and write it in the released layout."""
     args.out.mkdir(parents=True, exist_ok=True)
     world.write_vocabulary(args.out / "qwen.tiktoken")
     model = fresh_model(Tokenizer(args.out), args.seed)

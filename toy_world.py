@@ -221,6 +221,7 @@ def questions(scene, n, rng):
 
 
 def true_question(scene, rng):
+    """A true statement about the scene: (statement, answer, kind)."""
     if rng.random() < PART_RATE:
         thing = rng.choice(scene.things)
         return f"{thing.place} {rng.choice((thing.color, thing.shape))}", f"Yes, {thing.text}", "part"
@@ -230,6 +231,7 @@ def true_question(scene, rng):
 
 
 def false_question(scene, rng):
+    """A near miss: (statement, answer that says what is there instead, kind)."""
     thing = rng.choice(scene.things)
     other_color = rng.choice([c for c in COLORS if c != thing.color])
     other_shape = rng.choice([s for s in SHAPES if s != thing.shape])
