@@ -105,6 +105,11 @@ def rows_hash(rows):
 
 
 # ---------------------------------------------------------------- batches
+def n_targets(examples):
+    """How many tokens of examples {"ids", "n_prompt"} are targets: all that follow the prompts."""
+    return sum(len(row["ids"]) - row["n_prompt"] for row in examples)
+
+
 def step_rows(n_rows, batch, step, seed):
     """Which rows step number `step` (from 0) takes: `batch` pairs (row number, epoch), each epoch in its own order.
 

@@ -214,8 +214,7 @@ def train(args, ranks):
 
     @torch.no_grad()
     def validate():
-        sums, n = dict.fromkeys(("loss", *FIGURES), 0.0), 0
-        examples = []
+        sums, examples = dict.fromkeys(("loss", *FIGURES), 0.0), []
         for row in held[ranks.rank::ranks.world]:
             with contextlib.suppress(InputError):
                 examples.append(make(row, 0))
@@ -223,8 +222,7 @@ def train(args, ranks):
         for example in examples:
             loss, figures = loss_of(model, [example])
             sums = {name: value + {"loss": loss.item(), **figures}[name] for name, value in sums.items()}
-            n += 1
-        n, *totals = ranks.sum(n, *sums.values())
+        n, *totals = ranks.sum(len(examples), *sums.values())
         found = {f"held_out_{name}": total / n for name, total in zip(sums, totals)} if n else {}
         images = sorted({row["image"] for row in held})[:args.watch]
         return {**found, **watch(ranks, model, images, lambda image: look({"image": image}), args.seed)}
@@ -248,14 +246,11 @@ def sft_first(args, ranks, policy, model, name, trained, rows, look, prompt, run
     def make(row, epoch=0):
         return {"ids": prompt + row["chosen_ids"], "n_prompt": len(prompt), "views": look(row)}
 
-    def n_targets(examples):
-        return sum(len(row["ids"]) - row["n_prompt"] for row in examples)
-
     def loss_of(policy, examples):
         return -policy(**dataset.collate(examples, model, ranks.device)).sum() * bool(examples), {}
 
     optimizer = ShardedAdamW(trained, args.weight_decay, ranks)
-    code, _ = common.fit(mine, ranks, policy, optimizer, rows, make, n_targets, loss_of, dict, run)
+    code, _ = common.fit(mine, ranks, policy, optimizer, rows, make, dataset.n_targets, loss_of, dict, run)
     if code == 0 and ranks.is_master:
         adapters.save(model, mine.out, name, stage="sft", arguments=common.plain(mine), **common.lineage(args.init))
     ranks.barrier()

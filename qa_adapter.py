@@ -131,9 +131,6 @@ def train(args, ranks):
         return {"ids": [*prompt, *answer, tokenizer.eos_id], "n_prompt": len(prompt),
                 "views": views(open_image(row["image"]), size)}
 
-    def n_targets(examples):
-        return sum(len(row["ids"]) - row["n_prompt"] for row in examples)
-
     def loss_of(policy, examples):
         return -policy(**dataset.collate(examples, model, ranks.device)).sum() * bool(examples), {}
 
@@ -167,7 +164,7 @@ def train(args, ranks):
         dataset.tell_bad("qa_adapter.py", bad)
         common.announce(f"captioner {args.init}; {len(rows)} questions, {len(bad)} bad ones left out, {len(held)} "
                         f"held out, {n_cut} cut to fit the context", model, trained, ranks, args.micro_batch)
-    code, counts = common.fit(args, ranks, policy, optimizer, rows, make, n_targets, loss_of, validate, run)
+    code, counts = common.fit(args, ranks, policy, optimizer, rows, make, dataset.n_targets, loss_of, validate, run)
     if code:
         return code
 

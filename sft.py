@@ -82,12 +82,9 @@ def train(args, ranks):
     room_left(model, len(BOXES))            # refuses a context that is too short for it
 
     def make(row, epoch=0):
-        ids, was_cut = encode(model.tokenizer, prompt, row["caption"], model.config.seq_length)
-        return {"ids": ids, "n_prompt": len(prompt), "was_cut": was_cut,
+        ids, _ = encode(model.tokenizer, prompt, row["caption"], model.config.seq_length)
+        return {"ids": ids, "n_prompt": len(prompt),
                 "views": views(open_image(row["image"]), model.config.visual.image_size)}
-
-    def n_targets(examples):
-        return sum(len(row["ids"]) - row["n_prompt"] for row in examples)
 
     def loss_of(policy, examples):
         return -policy(**dataset.collate(examples, model, ranks.device)).sum() * bool(examples), {}
@@ -103,7 +100,7 @@ def train(args, ranks):
             except InputError as error:
                 dataset.good_rows([error], broken)
                 continue
-            total, tokens = total + loss_of(model, [example])[0].item(), tokens + n_targets([example])
+            total, tokens = total + loss_of(model, [example])[0].item(), tokens + dataset.n_targets([example])
         total, tokens = ranks.sum(total, tokens)
         return {"held_out_loss": total / tokens} if tokens else {}
 
@@ -112,12 +109,12 @@ def train(args, ranks):
     keys = ("init", "tune", "reduction", "rank", "soft_prompt", *common.RUN)
     run = {"base": model.fingerprint, "captions": len(rows), "rows": dataset.rows_hash(rows)}
     run |= {key: str(getattr(args, key)) for key in keys}
-    n_cut = sum(encode(model.tokenizer, prompt, row["caption"], model.config.seq_length)[1] for row in rows)
     if ranks.is_master:
+        n_cut = sum(encode(model.tokenizer, prompt, row["caption"], model.config.seq_length)[1] for row in rows)
         dataset.tell_bad("sft.py", bad)
         common.announce(f"{len(rows)} captions, {len(bad)} bad ones left out, {len(held)} held out, {n_cut} cut to fit "
                         "the context", model, trained, ranks, args.micro_batch)
-    code, counts = common.fit(args, ranks, policy, optimizer, rows, make, n_targets, loss_of, validate, run)
+    code, counts = common.fit(args, ranks, policy, optimizer, rows, make, dataset.n_targets, loss_of, validate, run)
 
     # ---- save
     if code == 0 and ranks.is_master:
