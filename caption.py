@@ -18,13 +18,12 @@ import torch
 from tqdm import tqdm
 
 import adapters
-from chunking import BOXES, SUFFIXES, open_image, views
-from generate import room_left, sample, without_loop
-from loading import free_bytes
+from chunking import BOXES, open_image, views
+from dataset import find_images
+from generate import MOST_AT_ONCE, images_at_once, room_left, sample, without_loop
 from model import InputError, QwenVL
 
 DEFAULT_BASE = "Qwen/Qwen-VL"
-MOST_AT_ONCE = 16           # images in a batch, where memory allows more
 
 
 def parse_args(argv):
@@ -64,22 +63,6 @@ def parse_args(argv):
 
 
 # ---------------------------------------------------------------- what to caption, and with what
-def find_images(arguments):
-    """Files and folders -> [(path, name)]: files as they are, folders searched with their subfolders, sorted.
-
-    The name is the path within its folder; a sample's random numbers depend on it, not on where the folder lies.
-    """
-    found = []
-    for argument in map(Path, arguments):
-        if os.path.isdir(argument):             # Path.is_dir raises for a name that is too long
-            inside = sorted(p for p in argument.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            # an empty folder stays as itself, to be told as an image that cannot be opened
-            found += [(p, p.relative_to(argument).as_posix()) for p in inside] or [(argument, argument.name)]
-        else:
-            found.append((argument, argument.name))
-    return found
-
-
 def default_adapters(out=Path("out")):
     """The folder that out/best.txt names, else the newest out/dpo*, else out/sft, else None."""
     if (out / "best.txt").is_file():
@@ -107,16 +90,6 @@ def load_model(args):
     print(f"base {base}, {f'adapters {folder}' if folder else 'no adapters, its own caption prompt'}, "
           f"{str(model.lm_head.weight.dtype).removeprefix('torch.')} on {args.device}", file=sys.stderr)
     return model
-
-
-def images_at_once(model, args, n_views):
-    """How many images' caches fit in half of the memory that is free."""
-    config = model.config
-    room = room_left(model, n_views, args.max_new_tokens, args.past_context)
-    tokens = len(model.caption_prompt(n_views)) + args.n * room
-    each = 2 * config.num_hidden_layers * config.hidden_size * model.lm_head.weight.dtype.itemsize * tokens
-    free = free_bytes(torch.device(args.device))
-    return MOST_AT_ONCE if free is None else max(1, min(MOST_AT_ONCE, int(free / 2 / each)))
 
 
 # ---------------------------------------------------------------- captions
@@ -159,8 +132,8 @@ def main(argv=None):
         images = find_images(args.images)
         model = load_model(args)
         size = model.config.visual.image_size
-        fits = images_at_once(model, args, len(BOXES))          # first: it refuses a context that is too short
-        at_once = args.batch or fits
+        room = room_left(model, len(BOXES), args.max_new_tokens, args.past_context)
+        at_once = args.batch or images_at_once(model, len(BOXES), args.n, room)
     except InputError as error:
         print(f"caption.py: {error}", file=sys.stderr)
         return 1

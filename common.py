@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -97,8 +98,12 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def start_ranks(device):
-    """Join the ranks that torchrun's variables describe, one card each; gloo on the CPU, nccl on GPUs."""
+def start_ranks(device, patient=False):
+    """Join the ranks that torchrun's variables describe, one card each; gloo on the CPU, nccl on GPUs.
+
+    patient: gloo in any case, and no limit on how long a rank may wait for the others, for stages whose ranks meet only
+    at their end.
+    """
     rank, world, local = (int(os.environ.get(name, default)) for name, default in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = usable_device(f"cuda:{local}" if device == "cuda" else device)
@@ -108,15 +113,17 @@ def start_ranks(device):
         # torchrun keeps one store over its restarts; without a prefix, a rank may find the address of a dead one
         store, rank, world = next(dist.rendezvous("env://", rank, world))
         store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+        backend = "nccl" if device.type == "cuda" and not patient else "gloo"
+        limit = timedelta(days=365) if patient else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     return Ranks(rank, world, device)
 
 
-def run_stage(script, device, train):
+def run_stage(script, device, train, patient=False):
     """train(ranks) among the ranks that torchrun started -> exit code; a user's mistake is one line from rank 0."""
     ranks = None
     try:
-        ranks = start_ranks(device)
+        ranks = start_ranks(device, patient)
         code = train(ranks)
         ranks.barrier()         # a rank that is done early must not take the group down before the others are
         return code

@@ -11,11 +11,13 @@ import hashlib
 import numpy as np
 import torch
 
+from loading import free_bytes
 from model import InputError, causal_attention
 
 COPIES = 3              # a statement said this often in a row is a loop
 LOOP_TOKENS = 24        # so is a run this long of any shorter pattern, such as one word that does not end
 STATEMENT_ENDS = ",.;:!?\n，。；、"
+MOST_AT_ONCE = 16       # images in a batch, where memory allows more
 MAX_PACKED = 8192       # tokens of one packed row of questions; its mask is the square of this in bytes
 
 
@@ -163,6 +165,15 @@ def room_left(model, n_views, max_new_tokens=None, past_context=False):
     return left if max_new_tokens is None else min(max_new_tokens, left)
 
 
+def images_at_once(model, n_views, samples, room):
+    """How many images fit in half of the memory that is free, with the caches of their samples of `room` tokens."""
+    config, weight = model.config, model.lm_head.weight
+    tokens = len(model.caption_prompt(n_views)) + samples * room
+    each = 2 * config.num_hidden_layers * config.hidden_size * weight.dtype.itemsize * tokens
+    free = free_bytes(weight.device)
+    return MOST_AT_ONCE if free is None else max(1, min(MOST_AT_ONCE, int(free / 2 / each)))
+
+
 def sample(model, views, names, n=1, max_new_tokens=None, temperature=1.0, top_p=1.0, seed=0, past_context=False):
     """n captions for each image -> a list per image of n results {"caption", "finish", "tokens"}.
 
@@ -186,7 +197,7 @@ def sample(model, views, names, n=1, max_new_tokens=None, temperature=1.0, top_p
     with evaluating(model):
         cache, logits = prefill(model, ids, views.flatten(0, 1), None, n, room)
         if not bool(logits.isfinite().all()):
-            raise ValueError("the model's logits are not finite; in float16, try bfloat16 or float32")
+            raise InputError("the model's logits are not finite; in float16, try bfloat16 or float32")
         for t in range(room):
             chosen = choose(logits, u[:, t], temperature, top_p)
             for row, token in enumerate(chosen.tolist()):

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from model import CAPTION_PROMPT
+from shorthand import question_of as ask
 
 SIDE = 64                                                   # of a scene; a view is half of it
 PLACES = {"top-left": (16, 16), "top-right": (48, 16), "bottom-left": (16, 48), "bottom-right": (48, 48)}
@@ -96,12 +97,12 @@ def facts(scene):
 def truth(scene, name):
     """The truth row of an image: its facts, and the false statements to which the planted correlation tempts.
 
-    {"image", "facts": see `facts`, "planted": [{"text", "group"}]}: of every unmarked object, both marks, and the
-    object's colour group.
+    {"image", "facts": see `facts`, "planted": [{"text", "about", "group"}]}: of every unmarked object, both marks, and
+    the object's colour group.
     """
     bare = [thing for thing in scene.things if thing.place != "center" and not thing.mark]
-    return {"image": name, "facts": facts(scene),
-            "planted": [{"text": f"{t.place} {mark}", "group": t.group} for t in bare for mark in MARKS]}
+    planted = [{"text": f"{t.place} {mark}", "about": t.place, "group": t.group} for t in bare for mark in MARKS]
+    return {"image": name, "facts": facts(scene), "planted": planted}
 
 
 def statements(caption):
@@ -206,10 +207,6 @@ def as_close_up(scene, thing):
 
 
 # ---------------------------------------------------------------- questions
-def ask(statement):
-    return f"Does the image show {statement}?"
-
-
 def questions(scene, n, rng):
     """n yes/no questions, about half true: [(statement, answer, kind)]; answers say what is there instead.
 

@@ -1,0 +1,127 @@
+"""out/golden/index.html: one file to look at, with what was sampled, confirmed and refused for a hundred images."""
+import base64
+import html
+import io
+import json
+import random
+
+from chunking import open_image
+from common import write_whole
+from loading import InputError
+
+ROWS = 100
+THUMBNAIL = 320             # pixels of the longer side
+DOUBTFUL = 0.15             # this near to the threshold
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --yes: #2a8f4e; --no: #c8372d; --soft: #8888; }
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1200px; padding: 1rem; }
+header { position: sticky; top: 0; z-index: 1; background: Canvas; border-bottom: 1px solid var(--line);
+         padding: .5rem 0; }
+h1 { font-size: 1.15rem; margin: 0 0 .25rem; }
+label { margin-right: 1rem; white-space: nowrap; }
+article { display: grid; grid-template-columns: minmax(120px, 260px) 1fr; gap: 1rem; padding: 1rem 0;
+          border-bottom: 1px solid var(--line); }
+img { width: 100%; border-radius: 4px; }
+img.small { image-rendering: pixelated; }
+h2 { font-size: .8rem; margin: 0; color: GrayText; font-weight: 600; overflow-wrap: anywhere; }
+h3 { font-size: .72rem; letter-spacing: .04em; text-transform: uppercase; margin: .6rem 0 .1rem; color: GrayText; }
+p, ol { margin: 0; overflow-wrap: anywhere; }
+ol { padding-left: 1.4rem; color: GrayText; font-size: .88rem; }
+.s { border-radius: 3px; padding: 0 .25em; cursor: help; text-decoration: underline; text-underline-offset: 3px; }
+.kept { color: var(--yes); text-decoration-color: var(--yes); }
+.refused { color: var(--no); text-decoration: line-through; }
+.doubtful { outline: 1.5px dashed var(--soft); }
+.s::after { content: attr(data-p); font-size: .68em; vertical-align: super; margin-left: .15em; opacity: .8; }
+.golden { font-weight: 600; }
+.reason { color: var(--no); font-weight: 600; }
+@media (max-width: 620px) {
+  article { grid-template-columns: 1fr; }
+  img { max-width: 260px; }
+  header { position: static; }
+}
+"""
+SCRIPT = """
+const only = document.getElementById("only"), near = document.getElementById("near");
+function show() {
+  let shown = 0;
+  document.querySelectorAll("article").forEach(row => {
+    let doubtful = false;
+    row.querySelectorAll(".s").forEach(s => {
+      const is = Math.abs(Number(s.dataset.exact) - THRESHOLD) <= Number(near.value);
+      s.classList.toggle("doubtful", is);
+      doubtful = doubtful || is;
+    });
+    row.hidden = only.checked && !doubtful;
+    row.style.display = row.hidden ? "none" : "";
+    shown += !row.hidden;
+  });
+  document.getElementById("shown").textContent = shown;
+  document.getElementById("width").textContent = Number(near.value).toFixed(2);
+}
+only.addEventListener("change", show); near.addEventListener("input", show); show();
+"""
+
+
+def thumbnail(path):
+    """An <img> with the picture inside, or a line that says why there is none."""
+    try:
+        image = open_image(path)
+    except InputError as error:
+        return f'<p class="reason">{html.escape(str(error))}</p>'
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    small, data = max(image.size) <= 128, io.BytesIO()
+    image.save(data, "PNG" if small else "JPEG", quality=85)
+    kind, text = "png" if small else "jpeg", base64.b64encode(data.getvalue()).decode()
+    return f'<img {"class=small " if small else ""}alt="" src="data:image/{kind};base64,{text}">'
+
+
+def statement(row):
+    """A statement in the colour of its verdict, with question, P(yes) and votes on hover."""
+    excludes = f", excludes others of {row['group']}" if row["group"] else ""
+    title = f"{row['question']} P(yes) = {row['p_yes']:.4f}, in {row['votes']} of the samples{excludes}"
+    return (f'<span class="s {"kept" if row["kept"] else "refused"}" data-exact="{row["p_yes"]}" tabindex="0" '
+            f'data-p="{row["p_yes"]:.2f}" title="{html.escape(title)}">{html.escape(row["text"])}</span>')
+
+
+def article(row, path):
+    """What the page shows of one row of record.jsonl."""
+    parts = [f"<h2>{html.escape(row['image'])}</h2>"]
+    if "error" in row:
+        parts.append(f'<p class="reason">{html.escape(row["error"])}</p>')
+    else:
+        listed = "".join(f"<li>{html.escape(s['caption'].strip() or '(empty)')} <small>{html.escape(str(s['finish']))}"
+                         "</small></li>" for s in row["samples"])
+        parts += [f"<h3>samples</h3><ol>{listed}</ol>",
+                  f"<h3>combined, judged</h3><p>{', '.join(map(statement, row['statements'])) or '(empty)'}</p>",
+                  f'<h3>golden</h3><p class="golden">{html.escape(row["chosen"] or "–")}</p>']
+        if "left_out" in row:
+            parts.append(f'<p class="reason">left out: {html.escape(row["left_out"])}</p>')
+    return f"<article><div>{thumbnail(path)}</div><div>{''.join(parts)}</div></article>\n"
+
+
+def write_page(out, threshold, seed):
+    """out/index.html from out/record.jsonl: a random hundred of its rows."""
+    with (out / "record.jsonl").open("rb") as file:
+        starts = [0]
+        for line in file:
+            starts.append(starts[-1] + len(line))
+        chosen = sorted(random.Random(seed).sample(range(len(starts) - 1), min(ROWS, len(starts) - 1)))
+        rows = []
+        for k in chosen:
+            file.seek(starts[k])
+            rows.append(json.loads(file.readline()))
+    body = "".join(article(row, out / row["image"]) for row in rows)
+    text = f"""<!DOCTYPE html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>golden samples</title><style>{STYLE}</style>
+<header><h1>Golden samples: {len(rows)} of {len(starts) - 1} images</h1>
+<span class="s kept">kept</span> <span class="s refused">refused</span> at P(yes) {threshold:.2f};
+hover or touch a statement for its question. Shown: <b id="shown">{len(rows)}</b>.<br>
+<label><input type="checkbox" id="only"> only doubtful ones</label>
+<label>within <input type="range" id="near" min="0.01" max="0.5" step="0.01" value="{DOUBTFUL}">
+<span id="width">{DOUBTFUL}</span> of the threshold</label></header>
+{body}<script>const THRESHOLD = {threshold};{SCRIPT}</script></html>
+"""
+    write_whole(out / "index.html", lambda path: path.write_text(text, "utf-8", "replace"))
