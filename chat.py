@@ -42,6 +42,7 @@ class Local:
         from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds, and only here is it of use
         from transformers.utils import logging
         logging.set_verbosity_error()
+        logging.disable_progress_bar()
         self.name, self.device, self.batch, self.max_tokens = f"hf:{name}", device, batch, max_tokens
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)

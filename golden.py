@@ -57,7 +57,8 @@ def parse_args(argv):
     p.add_argument("--base", help="Hub name or folder of the base, if not where the captioner's training found it")
     p.add_argument("--out", type=Path, default=Path("out/golden"), help="folder to write, and to go on from")
     p.add_argument("--passes", default=",".join(PASSES), help="which passes to run, separated by commas")
-    p.add_argument("--n", type=int, default=8, help="captions sampled per image")
+    # torchrun takes --n for the beginning of an option of its own
+    p.add_argument("--samples", "--n", dest="n", type=int, default=8, help="captions per image")
     p.add_argument("--temperature", type=float, default=1.0, help="of sampling")
     p.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that hold this share")
     p.add_argument("--max-new-tokens", type=int, help="longest caption, in tokens; left out, what the context leaves")
@@ -79,13 +80,14 @@ def parse_args(argv):
     args.passes = [part.strip() for part in args.passes.split(",") if part.strip()]
     if not args.passes or not set(args.passes) <= set(PASSES):
         p.error(f"--passes: want some of {','.join(PASSES)}")
-    for name in ("n", "max_new_tokens", "batch", "min_votes", "min_statements", "workers"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
+    for name in ("samples", "max_new_tokens", "batch", "min_votes", "min_statements", "workers"):
+        value = getattr(args, "n" if name == "samples" else name)
+        if value is not None and value < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
     if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or not 0 <= (args.threshold or 0) <= 1:
         p.error("--temperature must not be negative, --top-p above 0 and at most 1, --threshold from 0 to 1")
     if args.n > 1 and args.temperature == 0:
-        p.error("--n above 1 needs --temperature above 0: at 0 all captions of an image are the same")
+        p.error("--samples above 1 needs --temperature above 0: at 0 all captions of an image are the same")
     return args
 
 
@@ -121,7 +123,7 @@ def open_captioner(args, ranks, *folders):
 
 
 def sample_rows(args, model, rows):
-    """Rows with "samples", --n captions each, raw."""
+    """Rows with "samples", --samples captions each, raw."""
     room = room_left(model, len(BOXES), args.max_new_tokens)
     at_once = args.batch or images_at_once(model, len(BOXES), args.n, room)
 
@@ -130,8 +132,8 @@ def sample_rows(args, model, rows):
             found = sample(model, torch.stack([pixels for _, pixels in batch]), [row["image"] for row, _ in batch],
                            args.n, args.max_new_tokens, args.temperature, args.top_p, args.seed)
         except torch.OutOfMemoryError:
-            raise InputError(f"out of memory with {len(batch)} images × {args.n} captions; try a smaller --batch, --n "
-                             "or --max-new-tokens") from None
+            raise InputError(f"out of memory with {len(batch)} images × {args.n} captions; try a smaller --batch, "
+                             "--samples or --max-new-tokens") from None
         for (row, _), samples in zip(batch, found):
             yield {**row, "samples": samples}
     batch = []

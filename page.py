@@ -29,7 +29,7 @@ h2 { font-size: .8rem; margin: 0; color: GrayText; font-weight: 600; overflow-wr
 h3 { font-size: .72rem; letter-spacing: .04em; text-transform: uppercase; margin: .6rem 0 .1rem; color: GrayText; }
 p, ol { margin: 0; overflow-wrap: anywhere; }
 ol { padding-left: 1.4rem; color: GrayText; font-size: .88rem; }
-.s { border-radius: 3px; padding: 0 .25em; cursor: help; text-decoration: underline; text-underline-offset: 3px; }
+.s { border-radius: 3px; cursor: help; text-decoration: underline; text-underline-offset: 3px; }
 .kept { color: var(--yes); text-decoration-color: var(--yes); }
 .refused { color: var(--no); text-decoration: line-through; }
 .doubtful { outline: 1.5px dashed var(--soft); }
