@@ -47,7 +47,7 @@ class Local:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
             self.model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, dtype=usual_dtype(device))
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:      # those of transformers, tokenizers and safetensors share no base class
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise InputError(f"--tool hf:{name}: cannot be loaded ({reason})") from None
         if self.tokenizer.chat_template is None:
@@ -117,6 +117,7 @@ class Server:
             raise InputError(f"{KEY}: holds characters that no key has; set it again")
         if "@" in self.url.split("/")[2]:
             raise InputError(f"--tool: no password in the address, please; put the key in {KEY}")
+        self.key = key
         self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self.opener = urllib.request.build_opener(NoRedirect)
 
@@ -136,6 +137,8 @@ class Server:
                     done.put((key, self.reply(conversation)))
                 except Exception as error:      # a thread has nobody to tell: the reader raises it
                     done.put((key, error))
+                    if not isinstance(error, ToolError):
+                        return
         for _ in range(min(self.in_flight, len(conversations))):
             threading.Thread(target=work, daemon=True).start()      # daemons: ^C does not wait for the server
         for _ in conversations:
@@ -159,10 +162,10 @@ class Server:
                 if error.code in (301, 302, 303, 307, 308, 401, 403, 404):
                     raise InputError(f"{self.url}: {reason}; check --tool, --tool-model and {KEY}") from None
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
-                    raise ToolError(f"{self.url}: {reason}: {body_of(error)}") from None
+                    raise ToolError(f"{self.url}: {reason}: {self.line(body_of(error), 200)}") from None
                 wait = max(wait, retry_after(error.headers.get("Retry-After")))
             except (OSError, http.client.HTTPException, ValueError) as error:
-                reason = str(getattr(error, "reason", error)) or type(error).__name__
+                reason = self.line(str(getattr(error, "reason", error)), 300) or type(error).__name__
             if attempt + 1 < TRIES:
                 time.sleep(min(wait, LONGEST_WAIT))
         self.lost += 1
@@ -184,16 +187,25 @@ class Server:
         try:
             content = json.loads(data)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError, RecursionError):
-            raise ValueError(f"the reply is no chat completion: {data[:80]!r}") from None
+            said = self.line(data[:2000].decode("utf-8", "replace"), 80)
+            raise ValueError(f"the reply is no chat completion: {said!r}") from None
         if isinstance(content, list):           # some servers give the text in parts
-            content = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+            texts = [part.get("text") for part in content if isinstance(part, dict)]
+            content = "".join(text for text in texts if isinstance(text, str))
         return content if isinstance(content, str) else ""
+
+    def line(self, text, longest):
+        """What a server said, on one line of so many characters; without the key, which some servers repeat."""
+        return " ".join((text.replace(self.key, "…") if self.key else text).split())[:longest]
 
 
 def body_of(error):
-    """The beginning of what came with an HTTP error, on one line."""
-    with error:
-        return " ".join(error.read(2000).decode("utf-8", "replace").split())[:200]
+    """The beginning of what came with an HTTP error; "" where it does not come."""
+    try:
+        with error:
+            return error.read(2000).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return ""
 
 
 def retry_after(value):
@@ -212,6 +224,7 @@ def retry_after(value):
 
 # ---------------------------------------------------------------- reading answers
 STARTS = 20             # places in an answer where JSON might begin
+DEEPEST = 50            # brackets in brackets
 
 
 def loose_json(reply):
@@ -221,22 +234,26 @@ def loose_json(reply):
     lines instead of JSON, and answers that were cut off, of which the whole entries are taken.
     """
     reply = re.sub(r"(?s)^.*</think>", "", reply)
+    if re.match(r"\s*<think>", reply):
+        raise Unreadable("its reasoning has no end")
     best, end = ("", None, False), 0
     for start in [found.start() for found in re.finditer(r"[\[{]", reply)][:STARTS]:
         text, length, whole = mended(reply[start:]) if start >= end else ("", 0, False)
         try:
             value = json.loads(text, strict=False)
         except (ValueError, RecursionError):
+            if not text and start + length == len(reply) and re.match(r'\[\s*["\[{]|{\s*"', reply[start:]):
+                break                                           # cut off before its first entry was whole
             continue                                            # a bracket of the prose, or inside what was found
         end = start + length
         if value:
             best = max(best, (text, value, whole), key=lambda found: len(found[0]))
     if best[0]:
         return best[1:]
-    lines = re.findall(r"(?m)^\s*(?:\d+[.):]|[-*•])\s+(.+?)\s*$", reply)
+    lines = re.findall(r"(?m)^[^\S\n]*(?:\d+[.):]|[-*•])[^\S\n]+(\S.*)$", reply)
     if not lines:
         raise Unreadable("there is no JSON in it")
-    return [line.strip('"') for line in lines], True
+    return [line.strip().strip('"') for line in lines], True
 
 
 def mended(text):
@@ -252,6 +269,8 @@ def mended(text):
         if c == '"':
             in_string = not in_string
         elif not in_string and c in "[{":
+            if len(closers) == DEEPEST:
+                break                                           # no answer, and long to read
             closers.append("]" if c == "[" else "}")
         elif not in_string and c in "]}":
             while out[-1].isspace() or out[-1] == ",":
@@ -284,15 +303,20 @@ class Replies:
             return self.path(chat, conversation).read_bytes().decode("utf-8", "surrogatepass")
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise InputError(f"--tool-cache {self.folder}: {error.strerror}") from None
 
     def put(self, chat, conversation, reply):
         path = self.path(chat, conversation)
         if path.is_file():
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_bytes(reply.encode("utf-8", "surrogatepass"))
-        os.replace(temporary, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(reply.encode("utf-8", "surrogatepass"))
+            os.replace(temporary, path)
+        except OSError as error:
+            raise InputError(f"--tool-cache {self.folder}: {error.strerror}") from None
 
 
 def kept_or_fresh(chat, kept, waiting):
@@ -318,7 +342,7 @@ def ask(chat, kept, prompts, read):
         again = {}
         for i, reply in kept_or_fresh(chat, kept, waiting):
             if isinstance(reply, ToolError):
-                yield i, reply
+                yield i, reply if i not in lost or lost[i].half is None else lost[i].half
                 continue
             try:
                 value = read(reply, i)

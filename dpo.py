@@ -40,7 +40,8 @@ def parse_args(argv):
     p = common.stage_parser(__doc__, "out/dpo", "out/golden/golden.jsonl", "golden rows", lr=5e-5, batch=32, epochs=1.0)
     p.add_argument("--init", type=Path, default=Path("out/sft"), help="adapter folder of the captioner to start from")
     p.add_argument("--base", help="Hub name or folder of the base, if not where the captioner's training found it")
-    p.add_argument("--loss", choices=("dpo", "hinge", "ipo", "kto"), default="dpo", help="preference loss")
+    p.add_argument("--loss", choices=("dpo", "hinge", "ipo", "kto", "none"), default="dpo", help="preference loss; "
+                   "none leaves the cross entropy alone")
     p.add_argument("--beta", type=float, default=0.1, help="its strength; ipo and kto have scales of their own")
     p.add_argument("--ce", type=float, default=1.0, help="weight of the cross entropy on the chosen caption, 0 = off")
     p.add_argument("--max-rejected", type=int, default=1, help="rejected captions per row and epoch")
@@ -49,6 +50,8 @@ def parse_args(argv):
     p.add_argument("--sft-epochs", type=float, default=1.0, help="length of that SFT")
     p.add_argument("--watch", type=int, default=8, help="held-out images captioned at every checkpoint")
     args = common.checked(p, argv)
+    if args.loss == "none" and args.ce == 0:
+        p.error("--loss none with --ce 0 leaves nothing to learn from")
     if not (0 < args.beta < math.inf and 0 <= args.ce < math.inf and 0 < args.sft_epochs < math.inf
             and args.max_rejected >= 1 and args.watch >= 0):
         p.error("--beta, --max-rejected and --sft-epochs must be above 0; --ce and --watch not negative")
@@ -66,6 +69,7 @@ def preference_loss(kind, policy_chosen, policy_rejected, ref_chosen, ref_reject
       hinge  max(0, 1 − β·D)                  (SLiC)
       ipo    (D̄ − 1/(2β))²                    each log-ratio divided by its own length (IPO, eq. 17)
       kto    ½ (1 − σ(β(r_w − z)) + 1 − σ(β(z − r_l))), z = max(0, mean kl), without gradient
+      none   0
     """
     chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
     if kind == "dpo":
@@ -77,6 +81,8 @@ def preference_loss(kind, policy_chosen, policy_rejected, ref_chosen, ref_reject
     if kind == "kto":
         z = kl.detach().mean().clamp(min=0)
         return 1 - (torch.sigmoid(beta * (chosen - z)) + torch.sigmoid(beta * (z - rejected))) / 2
+    if kind == "none":
+        return torch.zeros_like(chosen)
     raise ValueError(f"no such loss: {kind}")
 
 

@@ -36,6 +36,7 @@ import torch
 import adapters
 import common
 import loading
+import shorthand
 import tool_llm
 from chunking import BOXES, open_image, views
 from dataset import find_images
@@ -183,7 +184,7 @@ def said(result):
 def combine_rows(tool, rows):
     """Rows with "combined" and its "statements", each with a question."""
     for chunk in chunks(rows):
-        captions = [[text for text in map(said, row["samples"]) if text.strip(" ,.")] for row in chunk]
+        captions = [[text for text in map(said, row["samples"]) if shorthand.statements(text)] for row in chunk]
         speaking = [i for i, texts in enumerate(captions) if texts]
         yield from ({**row, "combined": "", "statements": []} for row, texts in zip(chunk, captions) if not texts)
         combined = {}
@@ -191,7 +192,7 @@ def combine_rows(tool, rows):
             if isinstance(found, tool_llm.ToolError):
                 yield {**chunk[speaking[k]], "error": f"combine: {found}"}
             else:
-                combined[speaking[k]] = found
+                combined[speaking[k]] = shorthand.fewer(found)      # what is not asked about must not be said
         taken = list(combined)
         for k, found in tool.run(tool_llm.DECOMPOSE, [combined[i] for i in taken]):
             row, text = chunk[taken[k]], ", ".join(statement["text"] for statement in combined[taken[k]])
@@ -283,7 +284,8 @@ def read_qa(args):
 # ---------------------------------------------------------------- the end: one file, a summary, a page
 def final(args, row):
     """A row of record.jsonl: as in golden.jsonl, or with the reason why it is not there."""
-    image = os.path.relpath(args.images / row["image"], args.out)
+    # both without links: ".." of a folder that is one leads out of where it points
+    image = os.path.relpath(Path(os.path.realpath(args.images), row["image"]), os.path.realpath(args.out))
     if "error" in row:
         return {"image": image, "error": row["error"]}
     raw = [{key: s[key] for key in ("caption", "finish")} for s in row["samples"]]
@@ -301,7 +303,8 @@ def gather_rows(args):
     reasons = {}
 
     def write(temporary, golden_only):
-        with temporary.open("w", encoding="utf-8") as file:
+        # a file name need not be text; what of it is none is written as JSON's own \udcff
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
             for row in rows_at(places[image] for image in sorted(places)):
                 reason = row.get("left_out") or ("error" if "error" in row else None)
                 if not (golden_only and reason):
@@ -343,7 +346,14 @@ def summary(count, reasons, times):
 # ---------------------------------------------------------------- main
 def main(argv=None):
     args = parse_args(argv)
-    return common.run_stage("golden.py", args.device, lambda ranks: run(args, ranks), patient=True)
+
+    def go(ranks):
+        try:
+            return run(args, ranks)
+        except OSError as error:            # a full disk, a folder that may not be written
+            raise InputError(f"{error.filename or args.out}: {error.strerror or error}; mend that and run the same "
+                             "command again") from None
+    return common.run_stage("golden.py", args.device, go, patient=True)
 
 
 def run(args, ranks):
@@ -382,7 +392,8 @@ def run(args, ranks):
             source = {name: None for path, name in find_images([args.images]) if path != args.images}
         else:
             source, _ = finished(args.out, PASSES[PASSES.index(what) - 1])
-        if not source:
+        is_first = what == "sample" or PASSES[PASSES.index(what) - 1] not in args.passes
+        if not source and is_first:         # later on, a rank without images may be here before the others have any
             raise InputError(f"{args.images}: no images in it" if what == "sample" else
                              f"{args.out}: nothing to {what}; run the pass before it first")
         times[what] = run_pass(args.out, ranks, what, source, make_work, args.retry_errors)

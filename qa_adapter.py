@@ -13,6 +13,7 @@ towards itself, and below the captioning adapters, which stay active and frozen.
  2. the prompt is the base's own VQA form, `{question} Answer:`, without the soft prompt
  3. the threshold on P(yes) is the one with the best F1 on held-out questions
 """
+import argparse
 import re
 import sys
 from itertools import pairwise
@@ -35,6 +36,8 @@ def parse_args(argv):
     p.add_argument("--init", type=Path, default=Path("out/sft"), help="the captioner's adapter folder")
     p.add_argument("--base", help="Hub name or folder of the base, if not where the captioner's training found it")
     p.add_argument("--reduction", type=int, default=8, help="width of the model ÷ width of an adapter's bottleneck")
+    p.add_argument("--vision", action=argparse.BooleanOptionalAction, default=False, help="train adapters in the ViT, "
+                   "too; the source warns of it")
     p.set_defaults(holdout=0.1)
     return common.checked(p, argv)
 
@@ -117,7 +120,8 @@ def train(args, ranks):
     rows, held = dataset.split(rows, args.holdout, args.seed)
 
     # ---- model and what is frozen
-    adapters.attach(model, "qa", ("language",), args.reduction, below=captioner["name"])
+    where = ("vision", "language") if args.vision else ("language",)
+    adapters.attach(model, "qa", where, args.reduction, below=captioner["name"])
     model.train()
     model.checkpointing = True
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -159,7 +163,7 @@ def train(args, ranks):
     optimizer = ShardedAdamW(trained, args.weight_decay, ranks)
     run = {"base": model.fingerprint, "questions": len(rows), "rows": dataset.rows_hash(rows),
            "captioner": model.loaded[captioner["name"]]}
-    run |= {key: str(getattr(args, key)) for key in ("reduction", *common.RUN)}
+    run |= {key: str(getattr(args, key)) for key in ("reduction", "vision", *common.RUN)}
     if ranks.is_master:
         dataset.tell_bad("qa_adapter.py", bad)
         common.announce(f"captioner {args.init}; {len(rows)} questions, {len(bad)} bad ones left out, {len(held)} "

@@ -3,6 +3,7 @@
 A pass writes PASS-RANK.jsonl, one row per image, {"image": name, …} or {"image", "error"}. What is done is what stands
 in the files of all ranks, so a run goes on with any number of them, and nothing is lost or done twice.
 """
+import errno
 import hashlib
 import json
 import os
@@ -73,8 +74,10 @@ class Appender:
         self.file.truncate(end + found.rfind(b"\n") + 1)
 
     def write(self, row):
+        line = json.dumps(row).encode() + b"\n"
         try:
-            self.file.write(json.dumps(row).encode() + b"\n")       # one call: a kill leaves the line, or its beginning
+            if self.file.write(line) < len(line):       # one call: a kill leaves the line, or its beginning
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))      # room for a part was no error to write
         except OSError as error:
             raise InputError(f"{self.path}: {error.strerror}; make room and run the same command again") from None
 

@@ -51,15 +51,16 @@ def fewer(rows):
 
 # ---------------------------------------------------------------- the five operations
 FILLER = re.compile(r"""(?ix)^(?:(?:overall|also|additionally|finally|and|but|then|however)(?:\s+|$)
-    |(?:(?:in|on)\s+)?(?:the|this|an?)\s+(?:image|picture|photo|photograph|scene|view)
-      (?:\s+(?:is\s+of|shows?|depicts?|features?|captures?|presents?|displays?|contains?|portrays?))?\s+
+    |(?:in|on)\s+(?:the|this|an?)\s+(?:image|picture|photo|photograph|scene|view)(?:\s+|$)
+    |(?:the|this|an?)\s+(?:image|picture|photo|photograph|scene|view)      # not "the picture on the wall"
+      \s+(?:(?:is\s+)?of|shows?|depicts?|features?|captures?|presents?|displays?|contains?|portrays?)\s+
     |there\s+(?:is|are|seems?\s+to\s+be|appears?\s+to\s+be)\s+|(?:we|you|one)\s+(?:can\s+)?sees?\s+
     |it\s+(?:appears|seems)\s+(?:that|to\s+be)\s+|(?:an?|the)\s+)""")
 
 
 def rewrite_rule(caption):
     """Sentences and clauses as statements, without their filler and articles."""
-    parts = [part.strip() for part in re.split(r"[,;:!?\n]+|\.(?=\s|$)", caption)]
+    parts = [part.strip() for part in re.split(r"[,;!?\n]+|[.:](?=\s|$)", caption)]
     kept = []
     for part in parts:
         while FILLER.match(part):
@@ -93,7 +94,8 @@ def combine_rule(captions):
 
     def order(row):
         about = row["about"].casefold()
-        return PLACES.index(about) if about in PLACES else len(PLACES), about, -len(row["text"].split())
+        place = PLACES.index(about) if about in PLACES else len(PLACES)
+        return place, about, -len(row["text"].split()), row["text"].casefold()
     return lone_groups_dropped(sorted(rows.values(), key=order))
 
 
@@ -112,7 +114,7 @@ def slots(captions):
     found = {}
     for caption in captions:
         for text in statements(caption):
-            parts = text.split()
+            parts = text.casefold().split()
             for place, word in enumerate(parts):
                 found.setdefault((parts[0], len(parts), place), set()).add(word)
     return found
@@ -125,7 +127,7 @@ def triplets_rule(item):
     for text in statements(item["caption"]):
         parts = text.split()
         rows.append({"question": question_of(text), "answer": f"Yes, {text}"})
-        keys = [(parts[0], len(parts), place) for place in range(1, len(parts))]
+        keys = [(parts[0].casefold(), len(parts), place) for place in range(1, len(parts))]
         others = [(key[2], word) for key in keys for word in sorted(item["slots"].get(key, set()) - mine[key])]
         if others:
             place, word = rng.choice(others)

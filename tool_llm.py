@@ -207,7 +207,7 @@ def read_correct(value, item):
     for row in item["statements"]:
         said = row["text"].casefold()
         if not row["kept"] and said in caption.casefold() and not any(said in text.casefold() for text in kept):
-            raise Unreadable(f"it still says what was refused: {row['text']}")
+            raise Unreadable(f"it still says what was refused: {quoted(row['text'])}")
     return caption
 
 
@@ -360,20 +360,30 @@ def convert(args, tool, rows):
     return found
 
 
+def write_rows(path, rows):
+    """JSONL; a file name that is no text is escaped. InputError where there can be no such file."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda temporary: temporary.write_text(text, "utf-8", "backslashreplace"))
+    except OSError as error:
+        raise InputError(f"--out {path}: {error.strerror}; run the same command again when it can be written") from None
+
+
 def main(argv=None):
     args = parse_args(argv)
     try:
-        if args.out.resolve() == args.captions.resolve():
+        if args.out.resolve() in (args.captions.resolve(), (args.captions / "metadata.jsonl").resolve()):
             raise InputError(f"--out {args.out} is the input; give another file")
+        if args.out.is_dir():
+            raise InputError(f"--out {args.out} is a folder; give a file")
         rows, bad = read_rows(args.captions, args.out)
         dataset.tell_bad("tool_llm.py", bad)
         found = convert(args, open_tool(args, usable_device(args.device)), rows)
+        write_rows(args.out, [row for made in found for row in made])
     except InputError as error:
         print(f"tool_llm.py: {error}", file=sys.stderr)
         return 1
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(args.out, lambda path: path.write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for made in found for row in made), encoding="utf-8"))
     failed = sum("error" in made[0] for made in found)
     print(f"wrote {args.out}: {len(rows) - failed} captions done, {failed} error rows, {len(bad)} left out",
           file=sys.stderr)

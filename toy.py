@@ -1,40 +1,52 @@
-"""The method on a laptop: a synthetic world whose truth is known, and a small Qwen-VL pre-trained on it.
+"""The method on a laptop: the whole loop through the real scripts, in a synthetic world whose truth is known.
 
-READS   nothing
-WRITES  out/toy-base: config.json, model.safetensors, qwen.tiktoken, in exactly the released model's layout
+READS   assets/toy, a small Qwen-VL that was pre-trained on this world
+WRITES  out/toy: data, a folder per stage, results.json, sheet.png; out/best.txt names the best captioner for caption.py
 
-    python toy.py pretrain                          # the base in assets/toy; about an hour on two cores
-    python toy.py report --base assets/toy          # what it sees, and what it invents, on unseen scenes
-    python toy.py scenes --out out/scenes --n 100   # pictures of the world, with their truth
+    python toy.py                               # SFT, then two rounds; about a quarter of an hour on two cores
+    python toy.py --rounds 3 --processes 2      # three rounds, each stage under torchrun
+    python toy.py claims --only rounds          # test what the source claims, several seeds each (toy_claims.py)
+    python toy.py pretrain                      # the base in assets/toy; about an hour on two cores
+    python toy.py report --base assets/toy      # what that base sees, and what it invents, on unseen scenes
+    python toy.py scenes --out out/scenes       # pictures of the world, with their truth
 
-The base learns the way the source says its base did: whole images mostly at low resolution, under captions that tell
-of details nobody can see there. Close-ups and six-view albums show the details, partly without the correlation.
+Every stage is a command, printed as one would type it. Stopped and started again, it goes on where it was. The truth of
+the held-out images lies in a folder of its own, which evaluate.py alone is given.
 """
 import argparse
 import json
-import math
 import os
-import random
 import sys
+import textwrap
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
+from PIL import Image, ImageDraw, ImageFont
 
+import evaluate
+import toy_base
+import toy_claims
 import toy_world as world
-from chunking import normalise, views
-from generate import greedy, yes_probability
-from loading import write_base
-from model import CAPTION_PROMPT, Config, InputError, QwenVL, Tokenizer, VisionConfig
-
-VIEW = world.SIDE // 2          # pixels of a view's side: close-ups keep their full resolution in it
+from chunking import open_image
+from common import write_whole
+from loading import InputError
+from toy_steps import CODE, Loop, make_split
 
 
 def parse_args(argv):
     plain = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=plain)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="pretrain | report | scenes")
+    parser.add_argument("--out", type=Path, default=Path("out/toy"), help="folder to write, and to go on from")
+    parser.add_argument("--base", default=os.path.relpath(CODE / "assets/toy"), help="folder of the toy base")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds of QA adapter, golden samples and DPO")
+    parser.add_argument("--captions", type=int, default=3000, help="scenes with a caption, for SFT, and questions")
+    parser.add_argument("--images", type=int, default=4000, help="unlabelled scenes per round")
+    parser.add_argument("--held-out", type=int, default=500, help="scenes to judge captions by")
+    parser.add_argument("--samples", type=int, default=6, help="captions per unlabelled scene")
+    parser.add_argument("--processes", type=int, default=1, help="processes per stage, under torchrun if several")
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes and of all stages")
+    commands = parser.add_subparsers(dest="command", metavar="claims | pretrain | report | scenes")
+    p = commands.add_parser("claims", help="test what the source claims", formatter_class=plain)
+    toy_claims.add_flags(p)
     p = commands.add_parser("pretrain", help="train the toy base", formatter_class=plain)
     p.add_argument("--out", type=Path, default=Path("out/toy-base"), help="folder of the base")
     p.add_argument("--steps", type=int, default=6000, help="optimizer steps")
@@ -52,258 +64,163 @@ def parse_args(argv):
     p.add_argument("--out", type=Path, default=Path("out/scenes"), help="folder of the pictures and truth.jsonl")
     p.add_argument("--n", type=int, default=100, help="scenes")
     p.add_argument("--seed", type=int, default=0, help="of the scenes")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("rounds", "captions", "images", "held_out", "samples", "processes", "steps", "batch", "questions",
+                 "save_every", "scenes", "n"):
+        if getattr(args, name, 1) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return args
 
 
-# ---------------------------------------------------------------- the base
-def toy_config(tokenizer):
-    """A Qwen-VL of about 1.5 M parameters for 32-pixel views."""
-    vision = VisionConfig(image_size=VIEW, patch_size=8, width=96, layers=3, heads=3, mlp_ratio=4.0, output_dim=128,
-                          image_start_id=tokenizer.image_start_id, n_queries=4)
-    return Config(vocab_size=64 * math.ceil(tokenizer.n_vocab / 64), hidden_size=128, num_hidden_layers=4,
-                  num_attention_heads=4, kv_channels=32, intermediate_size=704, seq_length=256, visual=vision)
+# ---------------------------------------------------------------- the loop
+def check_same(out, args):
+    """InputError where a folder holds a run with other arguments; else remember these."""
+    kept = ("base", "captions", "images", "held_out", "samples", "seed")
+    mine, path = {key: str(getattr(args, key)) for key in kept}, out / "arguments.json"
+    old = json.loads(path.read_text("utf-8")) if path.is_file() else mine
+    for key in kept:
+        if old[key] != mine[key]:
+            raise InputError(f"{out}: holds a run with another --{key.replace('_', '-')} ({old[key]}, now "
+                             f"{mine[key]}); delete it or give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(mine), "utf-8"))
 
 
-def fresh_model(tokenizer, seed):
-    """A toy base before training: small embeddings, the rest as PyTorch makes it."""
-    torch.manual_seed(seed)
-    model = QwenVL(toy_config(tokenizer), tokenizer)
-    for weight in (model.transformer.wte.weight, model.lm_head.weight):
-        torch.nn.init.normal_(weight, std=0.02)
-    return model
+def loop(args):
+    """SFT, then rounds of QA adapter, golden samples and preference training; each captioner judged; the table."""
+    out = args.out
+    check_same(out, args)
+    run, seed = Loop(out, args.processes), ("--seed", args.seed)
+    run.tell(f"drawing scenes: {args.captions} with captions, {args.images} without for each of {args.rounds} rounds, "
+             f"{args.held_out} to judge by")
+    train, _ = make_split(out, "train", args.captions, args.seed, ("captions", "questions"))
+    held_out, truth = make_split(out, "held-out", args.held_out, args.seed, ())
+    results = {"base": run.judge("base", held_out, truth, "--base", args.base, "--adapters", "none")}
+    captioner = out / "sft"
+    run.sft(args.base, train, captioner, *seed)
+    results["sft"] = run.judge("sft", held_out, truth, "--adapters", captioner)
+    for k in range(1, args.rounds + 1):
+        images, golden_truth = make_split(out, f"images-{k}", args.images, args.seed, ())
+        qa, golden, trained = (out / f"{name}-{k}" for name in ("qa", "golden", "dpo"))
+        run.qa(captioner, train, qa, *seed)
+        run.golden(captioner, qa, images, golden, "--samples", args.samples, *seed)
+        results[f"golden{k}"] = run.judge_golden(f"golden-{k}", golden, golden_truth)
+        run.dpo(captioner, golden, trained, *seed)
+        captioner = trained
+        results[f"round{k}"] = run.judge(f"round-{k}", held_out, truth, "--adapters", captioner)
+    run.tell("judged")
+    finish(args, results, held_out, truth)
 
 
-def optimizers(model, args):
-    """Muon for the matrices between embedding and head, AdamW for everything else."""
-    matrix = {n for n, p in model.named_parameters()
-              if p.ndim == 2 and not any(s in n for s in ("wte", "lm_head", "positional_embedding", "query"))}
-    named = dict(model.named_parameters())
-    rest = [p for n, p in named.items() if n not in matrix]
-    return [torch.optim.Muon([named[n] for n in named if n in matrix], lr=args.lr, weight_decay=0.0),
-            torch.optim.AdamW(rest, lr=args.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)]
+def finish(args, results, held_out, truth):
+    """results.json, the table, what the rounds gained, the picture sheet, and the best captioner's name."""
+    out = args.out
+    for name in [name for name in results if name.startswith("golden")]:
+        found = results[name]
+        results[name] = {"sampled": found["golden"], "single": found["sample"], "union": found["combined"],
+                         "gate": found["gate"]}
+    write_whole(out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n", "utf-8"))
+    print("\n" + "\n".join(table(results)) + "\n")
+    for k in range(1, args.rounds + 1):
+        before = "sft" if k == 1 else f"round-{k - 1}"
+        print(f"round {k} against {before.replace('-', ' ')}: " + gains(out, before, f"round-{k}", truth))
+    folders = {"sft": out / "sft", **{f"round{k}": out / f"dpo-{k}" for k in range(1, args.rounds + 1)}}
+    best = max(folders, key=lambda name: results[name]["greedy"]["f1"] + results[name]["sampled"]["f1"])
+    named = out.parent / "best.txt"
+    write_whole(named, lambda path: path.write_text(f"{os.path.relpath(folders[best], out.parent)}\n", "utf-8"))
+    sheet(out, held_out, truth, "sft", f"round-{args.rounds}")
+    print(f"best: {folders[best]}, named in {named} for caption.py. Before and after: {out}/sheet.png. What was "
+          f"confirmed and what refused: {out}/golden-1/index.html")
 
 
-# What each task's mean loss weighs. `answer` is Yes or No alone: it is learned last and needs the most; `reason` is
-# what follows it, `dense` the full caption under the grounding prompt, `short` one to three facts under the other.
-TASKS = {"dense": 0.35, "short": 0.1, "answer": 1.0, "reason": 0.3}
-TASK_NAMES = list(TASKS)
+COLUMNS = {"precision": "P", "recall": "R", "f1": "F1", "detail_precision": "detail P", "detail_recall": "detail R",
+           "planted": "planted", "eos": "end", "repeat": "repeats", "length": "length"}
 
 
-# ---------------------------------------------------------------- its data: one image, many continuations
-def scene_views(kind, seed):
-    """One training image of a kind: its scene and views (V, 3, VIEW, VIEW).
-
-    low: a whole image at low resolution, marks planted. close: a close-up, marks at even odds. six: all six views,
-    marks planted in most. Marks at even odds from the first step on: a base that meets them only where they follow the
-    colour learns the colour, and never looks again.
-    """
-    rng = random.Random(str(seed))
-    scene = world.make_scene(seed, planted=kind == "low" or (kind == "six" and rng.random() < 0.6))
-    image = world.draw(scene)
-    if kind == "close":
-        thing = rng.choice([t for t in scene.things if t.place != "center"])
-        return world.as_close_up(scene, thing), normalise(world.close_up(image, thing))[None]
-    pixels = views(image, VIEW)
-    return scene, pixels if kind == "six" else pixels[:1]
-
-
-def continuations(scene, n_questions, rng):
-    """What may follow an image: [(task, prompt, target)]: a dense caption, a short one, questions."""
-    known = [f["text"] for f in world.facts(scene)]
-    few = rng.sample(known, min(len(known), rng.choice((1, 2, 3))))
-    rows = [("dense", world.DENSE_PROMPT, " " + ", ".join(known)), ("short", CAPTION_PROMPT, " " + ", ".join(few))]
-    if n_questions:
-        rows += [("answer", f"{world.ask(text)} Answer:", f" {answer}")
-                 for text, answer, _ in world.questions(scene, n_questions, rng)]
-    return rows
+def table(results):
+    """Lines of the table: a row for each captioner and way of decoding, and for each round's golden samples."""
+    def text(value, key):
+        return "-" if value is None else f"{value:.1f}" if key == "length" else f"{value:.3f}"
+    rows = [["", "", *COLUMNS.values()]]
+    for name, ways in results.items():
+        for way, figures in ways.items():
+            if way != "gate":
+                shown = {"sampled": "golden"}.get(way, way) if name.startswith("golden") else way
+                rows.append([name, shown, *(text(figures[key], key) for key in COLUMNS)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    yield from ("  ".join(cell.ljust(width) if k < 2 else cell.rjust(width)
+                          for k, (cell, width) in enumerate(zip(row, widths))) for row in rows)
+    for name, ways in results.items():
+        if "gate" in ways:
+            yield (f"{name}: of what the gate kept {ways['gate']['precision']:.3f} was true, of what is true it kept "
+                   f"{ways['gate']['recall']:.3f}; before it {ways['gate']['base_rate']:.3f} was true")
 
 
-def pack(model, n_views, rows):
-    """One image's continuations behind its prefix -> ids, branch, target (-1 where none) and task number, lists."""
-    encode, eos = model.tokenizer.encode, model.tokenizer.eos_id
-    ids = model.image_prompt(n_views, "")
-    branch, target, task = [0] * len(ids), [-1] * len(ids), [0] * len(ids)
-    for k, (name, prompt, answer) in enumerate(rows, 1):
-        prompt, answer = encode(prompt), encode(answer)
-        ids += prompt + answer
-        branch += [k] * len(prompt + answer)
-        target += [-1] * (len(prompt) - 1) + answer + [eos]
-        number = TASK_NAMES.index(name)
-        # of an answer, Yes or No is a task of its own: the rest says what is there instead
-        rest = TASK_NAMES.index("reason") if name == "answer" else number
-        task += [number] * len(prompt) + [rest] * len(answer)
-    return ids, branch, target, task
+def read_captions(out, name, way):
+    lines = (out / f"captions/{name}-{way}.jsonl").read_text("utf-8").splitlines()
+    return [{**row, "image": Path(row["image"]).name} for row in map(json.loads, lines)]
 
 
-def make_batch(model, kind, seed, step, size, n_questions):
-    """A batch of one kind of image: the arguments of the model's forward, target (B, L) and task (B, L)."""
-    packed, pixels = [], []
-    for i in range(size):
-        name = f"{seed} {step} {i}"
-        scene, image = scene_views(kind, name)
-        packed.append(pack(model, len(image), continuations(scene, n_questions, random.Random("rows " + name))))
-        pixels.append(image)
-    longest = max(len(row[0]) for row in packed)
-    ids, branch, target, task = (torch.tensor([part + [fill] * (longest - len(part)) for part in parts])
-                                 for parts, fill in zip(zip(*packed), (model.tokenizer.eos_id, 0, -1, 0)))
-    mask = torch.tensor([[True] * len(row[0]) + [False] * (longest - len(row[0])) for row in packed])
-    batch = {"ids": ids, "images": torch.cat(pixels), "mask": mask, "branch": branch, "positions": target >= 0}
-    return batch, target, task
+def read_truth(path):
+    rows = map(json.loads, path.read_text("utf-8").splitlines())
+    return [{**row, "image": Path(row["image"]).name} for row in rows]
 
 
-def weighted_loss(model, batch, target, task):
-    """Σ over tasks of weight × mean cross entropy of the task's tokens; also each task's mean."""
-    logits = model(**batch)                                                       # (M, vocab)
-    target, task = target[batch["positions"]], task[batch["positions"]]
-    nll = F.cross_entropy(logits, target, reduction="none")
-    means = {name: nll[task == k].mean() for k, name in enumerate(TASK_NAMES) if bool((task == k).any())}
-    return sum(TASKS[name] * mean for name, mean in means.items()), means
+def gains(out, before, after, truth):
+    """How precision, recall and F1 changed from one captioner to another, with 95 % intervals."""
+    rows, parts = read_truth(truth), []
+    for way in ("greedy", "sampled"):
+        for name in ("precision", "recall", "f1"):
+            change, low, high = evaluate.difference(read_captions(out, before, way), read_captions(out, after, way),
+                                                    rows, name)
+            parts.append(f"{way} {COLUMNS[name]} {change:+.3f} [{low:+.3f}, {high:+.3f}]")
+    return ", ".join(parts)
 
 
-# ---------------------------------------------------------------- pre-training
-def kind_of_step(step, steps, seed):
-    """Close-ups first, since shapes are the hardest to see and cheapest to learn there; then mostly six views."""
-    shares = (0.35, 0.15, 0.5) if step < steps / 4 else (0.55, 0.2, 0.25)
-    return random.Random(f"kind {seed} {step}").choices(("six", "low", "close"), shares)[0]
+def sheet(out, images, truth, before, after, n=8):
+    """sheet.png: held-out scenes with greedy captions before and after, wrong statements red, missing facts grey."""
+    known = {row["image"]: [fact["text"] for fact in row["facts"]] for row in read_truth(truth)}
+    said = [{row["image"]: world.statements(row["caption"]) for row in read_captions(out, name, "greedy")}
+            for name in (before, after)]
+    side, width, line = 192, 1100, 20
+    font = ImageFont.load_default(15)
+    canvas = Image.new("RGB", (width, n * (side + 16)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for k, name in enumerate(sorted(known)[:n]):
+        top = k * (side + 16) + 8
+        canvas.paste(open_image(images / name).resize((side, side), Image.NEAREST), (8, top))
+        y = top
+        for label, captions in zip((before, after), said):
+            told = captions.get(name, [])
+            missing = [fact for fact in known[name] if fact not in told]
+            for text, color in ((f"{label}:", "#888888"), (", ".join(s for s in told if s in known[name]), "black"),
+                                (", ".join(f"wrong: {s}" for s in told if s not in known[name]), "#c02020"),
+                                (f"not told: {', '.join(missing)}" if missing else "", "#999999")):
+                for part in textwrap.wrap(text, 110):
+                    pen.text((side + 24, y), part, fill=color, font=font)
+                    y += line
+            y += line // 2
+    write_whole(out / "sheet.png", lambda path: canvas.save(path, "PNG"))
 
 
-def pretrain(args):
-    """Train a base from scratch, or go on from its last checkpoint, and write it in the released layout."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    world.write_vocabulary(args.out / "qwen.tiktoken")
-    model = fresh_model(Tokenizer(args.out), args.seed)
-    opts = optimizers(model, args)
-    state, log, first = args.out / "resume.pt", args.out / "log.jsonl", 0
-    if state.is_file():
-        saved = torch.load(state, weights_only=True)
-        model.load_state_dict(saved["model"])
-        for optimizer, its_state in zip(opts, saved["optimizers"]):
-            optimizer.load_state_dict(its_state)
-        first = saved["step"]
-        log.write_text("".join(log.read_text().splitlines(keepends=True)[:first]))
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {first} to {args.steps}", file=sys.stderr)
-    for step in tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step"):
-        share = step / args.steps
-        scale = min((step + 1) / 50, 1.0, (1 - share) / 0.75)                      # warm-up, hold a quarter, then to 0
-        for optimizer, lr in zip(opts, (args.lr, args.adam_lr)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * scale
-        kind = kind_of_step(step, args.steps, args.seed)
-        n_questions = args.questions if share >= 0.05 else 0                       # nothing to ask before it sees
-        loss, means = weighted_loss(model, *make_batch(model, kind, args.seed, step, args.batch, n_questions))
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in opts:
-            optimizer.step()
-            optimizer.zero_grad()
-        with log.open("a") as file:
-            file.write(json.dumps({"step": step + 1, "kind": kind, "loss": loss.item(), "grad_norm": norm.item(),
-                                   **{name: mean.item() for name, mean in means.items()}}) + "\n")
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts], "step": step + 1},
-                       state.with_suffix(".tmp"))
-            os.replace(state.with_suffix(".tmp"), state)
-    write_base(model, args.out, args.out / "qwen.tiktoken")
-    print(f"wrote {args.out}", file=sys.stderr)
-
-
-# ---------------------------------------------------------------- what a base sees, and what it invents
-def dense_captions(model, images):
-    """Greedy captions under the grounding prompt: images (N, V, 3, S, S) -> N lists of statements."""
-    N, V = images.shape[:2]
-    ids = torch.tensor([model.image_prompt(V, world.DENSE_PROMPT)] * N)
-    eos = model.tokenizer.eos_id
-    new = greedy(model, ids, images.flatten(0, 1), max_new_tokens=100, eos_id=eos)
-    return [world.statements(model.tokenizer.decode(i for i in row if i != eos)) for row in new.tolist()]
-
-
-def shares(lists):
-    """{name: [share of true, how many]} of lists of true and false."""
-    return {name: [round(sum(values) / max(len(values), 1), 3), len(values)] for name, values in lists.items()}
-
-
-def caption_report(captions, truths):
-    """Precision and recall of statements, per kind of fact, and inventions of the planted detail per colour group."""
-    right, covered, invented = {"all": []}, {"all": []}, {"warm": [], "cold": []}
-    for caption, truth in zip(captions, truths):
-        true = {fact["text"]: fact["kind"] for fact in truth["facts"]}
-        said = set(caption)
-        right["all"] += [text in true for text in said]
-        right.setdefault("mark", []).extend(text in true for text in said if text.endswith(world.MARKS))
-        covered["all"] += [text in said for text in true]
-        for text, kind in true.items():
-            covered.setdefault(kind, []).append(text in said)
-        places = {}
-        for bare in truth["planted"]:
-            places.setdefault((bare["text"].rsplit(" ", 1)[0], bare["group"]), []).append(bare["text"] in said)
-        for (_, group), marks in places.items():
-            invented[group].append(any(marks))
-    return {"precision": shares(right), "recall": shares(covered), "mark invented on": shares(invented)}
-
-
-def close_up_report(model, scenes):
-    """How often a close-up's caption tells its mark, or that there is none, when marks come at even odds."""
-    pictures, marks = [], []
-    for scene in scenes:
-        image = world.draw(scene)
-        for thing in scene.things:
-            if thing.place != "center":
-                pictures.append(normalise(world.close_up(image, thing))[None])
-                marks.append(thing.mark)
-    right = []
-    for first in range(0, len(pictures), REPORT_BATCH):
-        captions = dense_captions(model, torch.stack(pictures[first:first + REPORT_BATCH]))
-        said = [[m for m in world.MARKS if f"close-up {m}" in caption] for caption in captions]
-        right += [s == ([mark] if mark else []) for s, mark in zip(said, marks[first:])]
-    return shares({"mark told": right})
-
-
-def question_report(model, scenes, images, seed):
-    """Accuracy of yes and no by kind of question, P(yes) ≥ .5 being yes."""
-    right = {}
-    for number, (scene, views_of_it) in enumerate(zip(scenes, images)):
-        asked = world.questions(scene, 16, random.Random(f"questions {seed} {number}"))
-        p_yes = yes_probability(model, views_of_it, [world.ask(text) for text, _, _ in asked])
-        for p, (_, answer, kind) in zip(p_yes.tolist(), asked):
-            right.setdefault("all", []).append((p >= 0.5) == answer.startswith("Yes"))
-            right.setdefault(kind, []).append((p >= 0.5) == answer.startswith("Yes"))
-    return shares(dict(sorted(right.items())))
-
-
-REPORT_BATCH = 50
-
-
-def report(args):
-    """Measure a base on unseen scenes; print each figure as [share, of how many], one JSON object a line."""
-    model = QwenVL.from_pretrained(args.base)
-    scenes = [world.make_scene(f"report {args.seed} {i}") for i in range(args.scenes)]
-    side = model.config.visual.image_size
-    pixels = torch.stack([views(world.draw(scene), side) for scene in tqdm(scenes, desc="drawing", disable=None)])
-    truths = [world.truth(scene, "") for scene in scenes]
-    print(json.dumps({"base": str(args.base), "scenes": args.scenes, "seed": args.seed}))
-    for name, images in (("one low-resolution view", pixels[:, :1]), ("six views", pixels)):
-        captions = []
-        for first in tqdm(range(0, len(images), REPORT_BATCH), desc=f"captions, {name}", disable=None):
-            captions += dense_captions(model, images[first:first + REPORT_BATCH])
-        found = {**caption_report(captions, truths), "yes/no": question_report(model, scenes, images, args.seed)}
-        for what, figures in found.items():
-            print(f"{name}, {what}: {json.dumps(figures)}")
-    even = [world.make_scene(f"report even {args.seed} {i}", planted=False) for i in range(args.scenes // 2)]
-    print(f"close-ups, marks at even odds: {json.dumps(close_up_report(model, even))}")
+# ---------------------------------------------------------------- main
+def scenes(args):
+    """Draw scenes, and write what is known of them beside."""
+    for kind, rows in world.draw_scenes(args.out, [f"scenes {args.seed} {i}" for i in range(args.n)]).items():
+        world.write_rows(args.out / f"{kind}.jsonl", rows, args.out)
 
 
 def main(argv=None):
     args = parse_args(argv)
+    commands = {None: loop, "claims": toy_claims.main, "pretrain": toy_base.pretrain, "report": toy_base.report,
+                "scenes": scenes}
     try:
-        if args.command == "pretrain":
-            pretrain(args)
-        elif args.command == "report":
-            report(args)
-        else:
-            world.write_scenes(args.out, [f"scenes {args.seed} {i}" for i in range(args.n)])
+        commands[args.command](args)
     except InputError as error:
         print(f"toy.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

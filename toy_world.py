@@ -10,6 +10,7 @@ A fact is a short statement whose first word says what it is about: `background 
 """
 import base64
 import json
+import os
 import random
 import re
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from common import write_whole
 from model import CAPTION_PROMPT
 from shorthand import question_of as ask
 
@@ -172,8 +174,8 @@ def draw(scene):
     return Image.fromarray((pixels + marks[:, :, None]).round().clip(0, 255).astype(np.uint8))
 
 
-def write_scenes(folder, seeds):
-    """Scenes as PNG files (JPEG would destroy the marks), and beside them truth.jsonl, captions.jsonl, questions.jsonl.
+def draw_scenes(folder, seeds):
+    """Scenes as PNG files (JPEG would destroy the marks) -> their rows, {"truth", "captions", "questions"}.
 
     Captions are as incomplete as real ones, and in no order: each fact stands in one with probability KEPT, at least
     two do. There are three questions an image.
@@ -190,8 +192,14 @@ def write_scenes(folder, seeds):
         rows["captions"].append({"image": name, "caption": ", ".join(rng.sample(kept, len(kept)))})
         rows["questions"] += [{"image": name, "question": ask(text), "answer": answer}
                               for text, answer, _ in questions(scene, 3, rng)]
-    for kind, found in rows.items():
-        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+    return rows
+
+
+def write_rows(path, rows, folder):
+    """Rows as JSONL at `path`, their images, which lie in `folder`, named from there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    named = ({**row, "image": os.path.relpath(folder / row["image"], path.parent)} for row in rows)
+    write_whole(path, lambda temporary: temporary.write_text("".join(json.dumps(row) + "\n" for row in named), "utf-8"))
 
 
 # ---------------------------------------------------------------- close-ups

@@ -1,4 +1,5 @@
 """Data for the training stages, and runs of them: in this process, or as ranks in processes of their own."""
+import gc
 import importlib
 import json
 import multiprocessing
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 import common
 import dataset
+import shards
 import toy_world as world
 
 CODE = Path(common.__file__).parent
@@ -81,6 +83,23 @@ def at_micro_batch(count, act):
     return counting
 
 
+def at_row(what, count, torn, number):
+    """A shards.Appender.write that sends a signal to its process at the count-th row of a pass of golden.py: when half
+    of the line is on disk, if torn, or all of it."""
+    write, seen = shards.Appender.write, [0]
+
+    def striking(self, row):
+        mine = self.path.name.startswith(f"{what}-")
+        seen[0] += mine
+        if mine and seen[0] == count and torn:
+            self.file.write(json.dumps(row).encode()[:-20])
+        else:
+            write(self, row)
+        if mine and seen[0] == count:
+            os.kill(os.getpid(), number)
+    return striking
+
+
 def kill_me(number):
     return lambda batch: os.kill(os.getpid(), number)
 
@@ -93,7 +112,7 @@ def spoil(batch):
 def fork_server():
     """Processes come from one that has torch and the stages imported already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sft", "qa_adapter"])
+    context.set_forkserver_preload(["sft", "qa_adapter", "golden"])
     paths = os.pathsep.join([str(CODE), str(CODE / "tests")])
     with mock.patch.dict(os.environ, {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}):
         forkserver.ensure_running()
@@ -101,22 +120,29 @@ def fork_server():
 
 
 def rank_main(stage, argv, variables, report, at):
-    """What a rank's process does; at = (rank, micro-batch, signal number or "nan") happens to that rank alone."""
+    """What a rank's process does; at = (rank, micro-batch, signal number or "nan") happens to that rank alone.
+
+    In golden.py's case at = (rank, (pass, row, torn), signal number), see at_row.
+    """
     os.environ.update(variables)
     file = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)            # not our own way of starting, for its children
-    if at and at[0] == int(variables["RANK"]):
+    gc.freeze()                     # what came with the fork is never garbage: golden.py collects it after each pass
+    if at and at[0] == int(variables["RANK"]) and isinstance(at[1], tuple):
+        shards.Appender.write = at_row(*at[1], at[2])
+    elif at and at[0] == int(variables["RANK"]):
         dataset.collate = at_micro_batch(at[1], spoil if at[2] == "nan" else kill_me(at[2]))
     sys.exit(importlib.import_module(stage).main(argv))
 
 
-def run_ranks(stage, argv, report, world=1, at=None, seconds=60):
+def run_ranks(stage, argv, report, world=1, at=None, seconds=60, kill_after=None):
     """`world` ranks of a stage, as torchrun would start them -> their exit codes. Their stdout and stderr go to a file.
 
-    Fails where one hangs. Exit codes are negative for a process that a signal ended.
+    Fails where one hangs; or, with kill_after, kills all that are not done after so many seconds. Exit codes are
+    negative for a process that a signal ended.
     """
     context = fork_server()
     with socket.socket() as s:
@@ -130,10 +156,15 @@ def run_ranks(stage, argv, report, world=1, at=None, seconds=60):
         argv = [str(argument) for argument in argv]
         ranks.append(context.Process(target=rank_main, args=(stage, argv, variables, str(report), at)))
         ranks[-1].start()
-    end = time.monotonic() + seconds
+    end = time.monotonic() + (seconds if kill_after is None else kill_after)
     try:
         for process in ranks:
             process.join(max(end - time.monotonic(), 0))
+        if kill_after is not None:
+            for process in ranks:
+                process.kill()
+            for process in ranks:
+                process.join()
         codes = [process.exitcode for process in ranks]
         assert None not in codes, f"a rank hangs: {codes}\n{Path(report).read_text()}"
         return codes

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import toy
+import toy_base
 import toy_world as world
 from chunking import open_image, views
 from generate import sample
@@ -150,7 +151,7 @@ def test_pretraining_writes_the_released_layout_and_goes_on_where_it_stopped(tmp
     """Stopped in the fourth step and started again: log and weights as of an uninterrupted run, bit for bit."""
     arguments = ["pretrain", "--steps", "6", "--batch", "2", "--questions", "2", "--save-every", "2"]
     assert toy.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
-    forward, calls = toy.weighted_loss, []
+    forward, calls = toy_base.weighted_loss, []
 
     def interrupted(*batch):
         calls.append(1)
@@ -158,9 +159,8 @@ def test_pretraining_writes_the_released_layout_and_goes_on_where_it_stopped(tmp
             raise KeyboardInterrupt
         return forward(*batch)
 
-    monkeypatch.setattr(toy, "weighted_loss", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        toy.main([*arguments, "--out", str(tmp_path / "stopped")])
+    monkeypatch.setattr(toy_base, "weighted_loss", interrupted)
+    assert toy.main([*arguments, "--out", str(tmp_path / "stopped")]) == 130
     assert not (tmp_path / "stopped/model.safetensors").exists()
     assert toy.main([*arguments, "--out", str(tmp_path / "stopped")]) == 0
     assert len(calls) == 4 + 4
@@ -172,17 +172,17 @@ def test_pretraining_writes_the_released_layout_and_goes_on_where_it_stopped(tmp
 
 def test_a_packed_training_row_asks_for_what_follows_each_prompt(tmp_path):
     world.write_vocabulary(tmp_path / "qwen.tiktoken")
-    model = toy.fresh_model(Tokenizer(tmp_path), 0)
+    model = toy_base.fresh_model(Tokenizer(tmp_path), 0)
     scene = world.make_scene(3)
-    rows = toy.continuations(scene, 4, random.Random(0))
-    ids, branch, target, task = toy.pack(model, 6, rows)
+    rows = toy_base.continuations(scene, 4, random.Random(0))
+    ids, branch, target, task = toy_base.pack(model, 6, rows)
     decode = model.tokenizer.decode
     for k, (name, prompt, answer) in enumerate(rows, 1):
         own = [i for i, b in enumerate(branch) if b == k]
         assert decode(ids[i] for i in own) == prompt + answer
         asked = [i for i in own if target[i] >= 0]
         assert decode(target[i] for i in asked) == answer + "<|endoftext|>"
-        names = [toy.TASK_NAMES[task[i]] for i in asked]
+        names = [toy_base.TASK_NAMES[task[i]] for i in asked]
         assert names == (["answer"] + ["reason"] * (len(asked) - 1) if name == "answer" else [name] * len(asked))
     assert [name for name, _, _ in rows] == ["dense", "short"] + ["answer"] * 4 and branch.count(0) == 36
 
@@ -193,7 +193,7 @@ def test_the_report_counts_right():
                        {"text": "top-right red ring", "kind": "object"}, {"text": "top-right stripes", "kind": "mark"}],
              "planted": [{"text": "top-left stripes", "group": "warm"}, {"text": "top-left checks", "group": "warm"}]}
     caption = ["background gray", "top-left red ring", "top-left stripes", "top-left red ring"]
-    found = toy.caption_report([caption], [truth])
+    found = toy_base.caption_report([caption], [truth])
     assert found["precision"] == {"all": [0.667, 3], "mark": [0.0, 1]}
     assert found["recall"] == {"all": [0.5, 4], "background": [1.0, 1], "object": [0.5, 2], "mark": [0.0, 1]}
     assert found["mark invented on"] == {"warm": [1.0, 1], "cold": [0.0, 0]}

@@ -1,0 +1,369 @@
+"""The experiments behind the claims: each trains and judges with the real scripts, in the folder of one seed.
+
+An experiment is a function, lab -> {arm: {metric: number}}. What was trained for one is found again by the next.
+"""
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+import torch
+
+import adapters
+import evaluate
+import toy_base
+import toy_world as world
+from chunking import open_image, views
+from common import write_whole
+from generate import sample
+from model import QwenVL
+from toy_steps import CODE, Loop, make_split
+
+TUNE = 100                              # the seed on which learning rates and β are chosen
+LRS = ("5e-4", "1e-3", "2e-3")
+BETAS = {"dpo": (".02", ".1", ".5"), "hinge": (".02", ".1", ".5"), "ipo": (".1", ".5", "2"), "kto": (".02", ".1", ".5")}
+ARMS = {"CE only": ("--loss", "none"), "DPO only": ("--ce", "0"), "DPO + CE/2": ("--ce", ".5"), "DPO + CE": (),
+        "DPO + 2 CE": ("--ce", "2"), "SFT first, then DPO": ("--ce", "0", "--sft-first")}
+CAPTIONS, IMAGES, HELD_OUT = 2000, 1000, 300        # scenes per seed
+SAMPLES = 6
+KEPT = ("precision", "recall", "f1", "detail_precision", "detail_recall", "planted", "eos", "repeat")
+
+
+# ---------------------------------------------------------------- a seed's folder
+class Lab(Loop):
+    """One seed: its scenes, its SFT model, QA adapter and golden pool, made when first asked for."""
+
+    def __init__(self, out, seed):
+        super().__init__(out / f"seed-{seed}", log=out / f"seed-{seed}.log")
+        self.seed, self.flags, self.base, self.boxes = seed, ("--seed", seed), CODE / "assets/toy", None
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def run(self, makes, script, *arguments, **how):
+        """As a Loop runs it; where other views are asked for, from a copy of the script that edits chunking.BOXES."""
+        if self.boxes:
+            launcher = self.out.resolve() / f"views-{slug(self.boxes)}" / script
+            launcher.parent.mkdir(exist_ok=True)
+            launcher.write_text(f"import sys\nsys.path.insert(0, {str(CODE)!r})\nimport chunking\n"
+                                f"chunking.BOXES = eval({self.boxes!r}, vars(chunking))\n"
+                                f"import {Path(script).stem} as script\nsys.exit(script.main())\n")
+            script = launcher
+        super().run(makes, script, *arguments, **how)
+
+    def split(self, name, n, *wants):
+        return make_split(self.out, name, n, self.seed, wants)
+
+    def train(self):
+        return self.split("train", CAPTIONS, "captions", "questions")[0]
+
+    def sft_model(self, name="sft", *more, makes="adapters.json"):
+        self.sft(self.base, self.train(), self.out / name, *self.flags, *more, makes=makes)
+        return self.out / name
+
+    def qa_of(self, captioner, *more):
+        qa = self.out / f"qa-of-{captioner.name}{''.join(more)}"
+        self.qa(captioner, self.train(), qa, *self.flags, *more)
+        return qa
+
+    def golden_of(self, captioner, name, *more, images="images-1", n=IMAGES):
+        """A golden folder, and its scores."""
+        folder, truth = self.split(images, n)
+        self.golden(captioner, self.qa_of(captioner), folder, self.out / name, "--samples", SAMPLES, *self.flags, *more)
+        return self.out / name, self.judge_golden(name, self.out / name, truth)
+
+    def trained(self, name, captioner, golden, *more):
+        self.dpo(captioner, golden, self.out / name, *self.flags, "--watch", 0, *more)
+        return self.out / name
+
+    def judged(self, name, folder=None, ways=("greedy", "sampled")):
+        """{"greedy f1": …, "sampled f1": …, …} of an adapter folder on the held-out scenes."""
+        images, truth = self.split("held-out", HELD_OUT)
+        found = self.judge(name, images, truth, "--adapters", folder or self.out / name, ways=ways, seed=self.seed)
+        return {f"{way} {key}": figures[key] for way, figures in found.items() for key in KEPT}
+
+
+def short(figures):
+    """The figures that are kept of a score."""
+    return {key: figures[key] for key in KEPT}
+
+
+def both_f1(figures):
+    return figures["greedy f1"] + figures["sampled f1"]
+
+
+# ---------------------------------------------------------------- the claims, each (lab) -> {arm: {metric: number}}
+def planted(lab):
+    """What the base says of the mark at one low resolution, where nobody can see it, and with six views."""
+    printed = lab.out / "report.txt"
+    lab.run(printed, "toy.py", "report", "--base", lab.base, "--scenes", 300, *lab.flags, stdout=printed, stage=False)
+    found = {}
+    for line in printed.read_text("utf-8").splitlines():
+        head, _, tail = line.partition(": ")
+        if head.endswith("mark invented on"):
+            found[head.split(",")[0]] = {group: share for group, (share, _) in json.loads(tail).items()}
+    found["true rate"] = dict(world.MARK_RATE)
+    return found
+
+
+LAYOUTS = {"1 view": "BOXES[:1]", "5 views": "BOXES[:5]", "6 views": "BOXES",
+           "6 views, 3/4 centre": "(*BOXES[:5], (.125, .125, .875, .875))"}
+
+
+def layouts(lab):
+    """SFT with other views."""
+    found = {}
+    for k, (name, boxes) in enumerate(LAYOUTS.items()):
+        lab.boxes = boxes if name != "6 views" else None
+        folder = "sft" if name == "6 views" else f"sft-views-{k}"
+        lab.sft_model(folder)
+        found[name] = lab.judged(folder)
+    lab.boxes = None
+    return found
+
+
+def generations(lab):
+    """The union of N samples, and what the gate leaves of it; the gate's curve on the largest union."""
+    found, sft = {}, lab.sft_model()
+    for n in (1, 2, 4, 8, 16):
+        folder, scores = lab.golden_of(sft, f"golden-n{n}", "--samples", n, "--min-statements", 1, images="few", n=400)
+        found[f"N = {n}, union"], found[f"N = {n}, gated"] = short(scores["combined"]), short(scores["golden"])
+    truth = {row["image"]: {fact["text"] for fact in row["facts"]} for row in toy_rows(lab.out / "truth/few.jsonl")}
+    told = [(statement["p_yes"], statement["text"] in truth[row["image"]])
+            for row in toy_rows(folder / "record.jsonl") for statement in row.get("statements", [])]
+    for threshold in (.01, .1, .3, .5, .7, .9, .99):
+        kept = [true for p, true in told if p >= threshold]
+        found[f"gate at {threshold}"] = {"precision": sum(kept) / max(len(kept), 1),
+                                         "recall": sum(kept) / sum(true for _, true in told)}
+    return found
+
+
+def direct(lab):
+    """Of each kind: how often the QA model answers a direct question rightly (half are near misses), and how often a
+    statement is true that the captioner makes of itself, at temperature 1."""
+    sft = lab.sft_model()
+    _, scores = lab.golden_of(sft, "golden")
+    model = load(lab, sft, lab.qa_of(sft))
+    scenes = [world.make_scene(f"direct {lab.seed} {i}") for i in range(HELD_OUT)]
+    side = model.config.visual.image_size
+    asked = toy_base.question_report(model, scenes, [views(world.draw(scene), side) for scene in scenes], lab.seed)
+    kinds = {"object": ("object", "wrong color", "wrong shape", "wrong place"), "mark": ("mark", "wrong mark"),
+             "background": ("background", "wrong background")}
+    found = {}
+    for kind, parts in kinds.items():
+        right, n = (sum(asked[part][0] ** (k == 0) * asked[part][1] for part in parts) for k in range(2))
+        found[kind] = {"question": right / n, "statement": scores["sample"]["categories"][kind]["precision"]}
+    return found
+
+
+GATES = {"gate, calibrated": (), "gate at .5": ("--threshold", ".5"),
+         "no gate": ("--threshold", "0", "--no-resolve"), "resolving alone": ("--threshold", "0"),
+         "gate alone, contradictions kept": ("--no-resolve",),
+         "vote of 2": ("--threshold", "0", "--no-resolve", "--min-votes", "2"),
+         "vote of 3": ("--threshold", "0", "--no-resolve", "--min-votes", "3"),
+         "gate and vote of 2": ("--min-votes", "2")}
+
+
+def gates(lab):
+    """Golden captions of one pool of samples by several rules."""
+    sft, found = lab.sft_model(), {}
+    for k, (name, flags) in enumerate(GATES.items()):
+        _, scores = lab.golden_of(sft, f"golden-rule-{k}", *flags, "--min-statements", 1, images="few", n=400)
+        found[name] = short(scores["golden"])
+        found["single samples"] = short(scores["sample"])
+    return found
+
+
+def best_lr(out, arm):
+    """The learning rate of an arm with the best F1, greedy + sampled, on the tuning seed."""
+    lab = Lab(out, TUNE)
+    sft = lab.sft_model()
+    golden, _ = lab.golden_of(sft, "golden")
+
+    def f1(lr):
+        name = f"{slug(arm)}-lr{lr}"
+        lab.trained(name, sft, golden, *ARMS[arm], "--lr", lr)
+        return both_f1(lab.judged(name))
+    return max(LRS, key=f1)
+
+
+def best_beta(out, loss):
+    """The β of a loss alone with the best F1 on the tuning seed, at the learning rate that suits DPO alone."""
+    lab, lr = Lab(out, TUNE), best_lr(out, "DPO only")
+    sft = lab.sft_model()
+    golden, _ = lab.golden_of(sft, "golden")
+
+    def f1(beta):
+        name = f"{loss}-beta{beta}"
+        lab.trained(name, sft, golden, "--loss", loss, "--beta", beta, "--ce", 0, "--lr", lr)
+        return both_f1(lab.judged(name))
+    return max(BETAS[loss], key=f1), lr
+
+
+def training(lab):
+    """One golden pool, learned from in several ways, each at its own learning rate."""
+    sft = lab.sft_model()
+    golden, scores = lab.golden_of(sft, "golden")
+    found = {"SFT": lab.judged("sft"), "golden": {f"sampled {key}": scores["golden"][key] for key in KEPT}}
+    for arm, flags in ARMS.items():
+        lr = best_lr(lab.out.parent, arm)
+        lab.trained(slug(arm), sft, golden, *flags, "--lr", lr)
+        found[arm] = {**lab.judged(slug(arm)), "lr": float(lr)}
+    return found
+
+
+def lottery(lab):
+    """Each preference loss alone at its best β, and what steadies it."""
+    sft = lab.sft_model()
+    golden, _ = lab.golden_of(sft, "golden")
+    found = {"SFT": lab.judged("sft")}
+    for loss in BETAS:
+        beta, lr = best_beta(lab.out.parent, loss)
+        lab.trained(f"{loss}-alone", sft, golden, "--loss", loss, "--beta", beta, "--ce", 0, "--lr", lr)
+        found[f"{loss} alone"] = {**lab.judged(f"{loss}-alone"), "beta": float(beta)}
+    for arm in ("DPO + CE", "SFT first, then DPO"):
+        lab.trained(slug(arm), sft, golden, *ARMS[arm], "--lr", best_lr(lab.out.parent, arm))
+        found[arm] = lab.judged(slug(arm))
+    return found
+
+
+def three_rounds(lab, base_name="", *flags):
+    """Three rounds, each with fresh images -> {"SFT", "round 1" …}."""
+    captioner, found = lab.sft_model(f"sft{base_name}"), {}
+    found["SFT"] = lab.judged(captioner.name)
+    for k in (1, 2, 3):
+        name = f"{k}{base_name}{''.join(flags)}"
+        golden, scores = lab.golden_of(captioner, f"golden-round-{name}", *flags, images=f"images-{k}")
+        found[f"golden {k}"] = {f"sampled {key}": scores["golden"][key] for key in KEPT}
+        captioner = lab.trained(f"round-{name}", captioner, golden, "--lr", best_lr(lab.out.parent, "DPO + CE"))
+        found[f"round {k}"] = lab.judged(captioner.name)
+    return found
+
+
+def rounds(lab):
+    """Three rounds, with contradictions resolved and not."""
+    return {**{f"{name}, resolved": found for name, found in three_rounds(lab).items()},
+            **{f"{name}, not": found for name, found in three_rounds(lab, "", "--no-resolve").items()}}
+
+
+def context(lab):
+    """Three rounds in a context in which golden captions hardly fit, and in one with room."""
+    base = lab.out / "short-base"
+    if not (base / "config.json").is_file():
+        shutil.copytree(lab.base, base, ignore=shutil.ignore_patterns("examples"), dirs_exist_ok=True)
+        config = json.loads((base / "config.json").read_text("utf-8"))
+        write_whole(base / "config.json", lambda path: path.write_text(json.dumps({**config, "seq_length": SHORT})))
+    long, lab.base = lab.base, base
+    found = {f"{name}, short": figures for name, figures in three_rounds(lab, "-short").items()}
+    lab.base = long
+    return {**found, **{f"{name}, long": figures for name, figures in three_rounds(lab).items()}}
+
+
+SHORT = 64              # tokens: 36 of the views, 5 of the prompt, and 23 for a caption; golden ones have 26 on average
+HEATS = (0, .5, .75, 1, 1.25, 1.5)
+
+
+def temperature(lab):
+    """False statements of single samples, planted and other, and their P(yes), against the temperature."""
+    sft, found = lab.sft_model(), {}
+    for heat in HEATS:
+        flags = ("--temperature", heat, "--samples", 1 if heat == 0 else 4, "--min-statements", 1)
+        folder, scores = lab.golden_of(sft, f"golden-heat-{heat}", *flags, images="few", n=400)
+        truth = {row["image"]: row for row in toy_rows(lab.out / "truth/few.jsonl")}
+        false, lures = [], []
+        for row in toy_rows(folder / "record.jsonl"):
+            facts, planted = ({item["text"] for item in truth[row["image"]][key]} for key in ("facts", "planted"))
+            for statement in row["statements"]:
+                if statement["text"] not in facts:
+                    (lures if statement["text"] in planted else false).append(statement["p_yes"])
+        found[f"temperature {heat}"] = {
+            "false share": 1 - scores["sample"]["precision"], "planted": scores["sample"]["planted"],
+            "P(yes) of false": statistics.fmean(false) if false else None,
+            "P(yes) of planted": statistics.fmean(lures) if lures else None}
+    return found
+
+
+def order(lab):
+    """Does order explain the gain? SFT on ordered captions; CE on the model's own single samples, put in order."""
+    sft, train = lab.sft_model(), lab.train()
+    ordered = train / "ordered.jsonl"
+    places = ["background", *world.PLACES, "center"]
+    if not ordered.is_file():
+        rows = [{**row, "caption": ", ".join(sorted(world.statements(row["caption"]), key=lambda text: (
+            places.index(text.split()[0]), -len(text.split()))))} for row in toy_rows(train / "captions.jsonl")]
+        world.write_rows(ordered, rows, train)
+    lab.sft_model("sft-ordered", "--data", ordered)
+    own, _ = lab.golden_of(sft, "golden-own", "--samples", 1, "--threshold", 0)
+    golden, _ = lab.golden_of(sft, "golden")
+    lr = ("--loss", "none", "--lr", best_lr(lab.out.parent, "CE only"))
+    lab.trained("ce-own-ordered", sft, own, *lr)
+    lab.trained(slug("CE only"), sft, golden, *lr)
+    return {"SFT": lab.judged("sft"), "SFT, ordered captions": lab.judged("sft-ordered"),
+            "CE on own samples, ordered": lab.judged("ce-own-ordered"), "CE on golden": lab.judged(slug("CE only"))}
+
+
+def forgetting(lab):
+    """What is left of the base's own tasks after SFT in each way: dense captions and questions of six views, and, out
+    of the training's distribution, the marks of close-ups. "off" switches the adapters off again."""
+    found = {"base": toy_base.own_tasks(load(lab), lab.seed)}
+    for tune in ("adapters", "lora", "prompt", "full"):
+        name = "sft" if tune == "adapters" else f"sft-{tune}"
+        folder = lab.sft_model(name, "--tune", tune, makes="config.json" if tune == "full" else "adapters.json")
+        model = QwenVL.from_pretrained(folder) if tune == "full" else load(lab, folder)
+        found[tune] = toy_base.own_tasks(model, lab.seed)
+        images, truth = lab.split("held-out", HELD_OUT)
+        chosen = ("--base", folder, "--adapters", "none") if tune == "full" else ("--adapters", folder)
+        scores = lab.judge(name, images, truth, *chosen, seed=lab.seed)
+        found[tune]["caption f1"] = scores["greedy"]["f1"]
+        if tune == "adapters":
+            with adapters.active(model, []):
+                found["adapters, off"] = toy_base.own_tasks(model, lab.seed)
+    return found
+
+
+def soft_prompt(lab):
+    """SFT with adapters alone, and with adapters and a soft prompt."""
+    lab.sft_model()
+    lab.sft_model("sft-no-prompt", "--no-soft-prompt")
+    return {"adapters and soft prompt": lab.judged("sft"), "adapters alone": lab.judged("sft-no-prompt")}
+
+
+def narrowing(lab):
+    """Captioning with the QA adapters of the ViT left on, and how far the embeddings of different images are apart."""
+    sft = lab.sft_model()
+    images, truth_file = lab.split("held-out", HELD_OUT)
+    truth = toy_rows(truth_file)
+    found = {}
+    for name, flags in (("LLM only", ()), ("LLM and ViT", ("--vision",))):
+        model = load(lab, sft, lab.qa_of(sft, *flags))
+        with adapters.active(model, ["caption"]):
+            for slot, _ in adapters.slots(model, ("vision",)):
+                slot.stack = tuple(kind for kind in ("qa", "caption") if kind in slot)
+            rows, vectors = [], []
+            for row in truth:
+                pixels = views(open_image(images / row["image"]), model.config.visual.image_size)
+                with torch.no_grad():
+                    vectors.append(model.transformer.visual(pixels)[0].flatten())
+                caption = sample(model, pixels[None], [row["image"]], temperature=0.0)[0][0]
+                rows.append({**caption, "image": row["image"]})
+        vectors = torch.nn.functional.normalize(torch.stack(vectors), dim=-1)
+        apart = 1 - (vectors @ vectors.T)[~torch.eye(len(vectors), dtype=torch.bool)].mean().item()
+        figures = evaluate.score(rows, truth)
+        found[name] = {"greedy f1": figures["f1"], "greedy precision": figures["precision"], "cosine distance": apart}
+    return found
+
+
+# ---------------------------------------------------------------- small helpers
+def toy_rows(path):
+    """The rows of a JSONL file, their images by file name."""
+    rows = map(json.loads, path.read_text("utf-8").splitlines())
+    return [{**row, "image": Path(row["image"]).name} for row in rows]
+
+
+def load(lab, *folders):
+    model = QwenVL.from_pretrained(lab.base)
+    for folder in folders:
+        adapters.load(model, folder)
+    return model
+
+
+def slug(arm):
+    return "".join(c if c.isalnum() else "-" for c in arm.lower()).replace("--", "-")
