@@ -203,7 +203,7 @@ def body_of(error):
     """The beginning of what came with an HTTP error; "" where it does not come."""
     try:
         with error:
-            return error.read(2000).decode("utf-8", "replace")
+            return error.read1(2000).decode("utf-8", "replace")        # what is there: the rest may take for ever
     except (OSError, http.client.HTTPException):
         return ""
 

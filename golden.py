@@ -425,6 +425,10 @@ def report(args, qa, times):
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        code = main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # all is on disk, and in an orderly exit of several ranks a thread of gloo or of a tokenizer sometimes aborts
+    os._exit(code)

@@ -125,7 +125,8 @@ def finish(args, results, held_out, truth):
         before = "sft" if k == 1 else f"round-{k - 1}"
         print(f"round {k} against {before.replace('-', ' ')}: " + gains(out, before, f"round-{k}", truth))
     folders = {"sft": out / "sft", **{f"round{k}": out / f"dpo-{k}" for k in range(1, args.rounds + 1)}}
-    best = max(folders, key=lambda name: results[name]["greedy"]["f1"] + results[name]["sampled"]["f1"])
+    # captions that say nothing have no F1
+    best = max(folders, key=lambda name: sum(results[name][way]["f1"] or 0 for way in ("greedy", "sampled")))
     named = out.parent / "best.txt"
     write_whole(named, lambda path: path.write_text(f"{os.path.relpath(folders[best], out.parent)}\n", "utf-8"))
     sheet(out, held_out, truth, "sft", f"round-{args.rounds}")

@@ -78,12 +78,12 @@ class Lab(Loop):
         """{"greedy f1": …, "sampled f1": …, …} of an adapter folder on the held-out scenes."""
         images, truth = self.split("held-out", HELD_OUT)
         found = self.judge(name, images, truth, "--adapters", folder or self.out / name, ways=ways, seed=self.seed)
-        return {f"{way} {key}": figures[key] for way, figures in found.items() for key in KEPT}
+        return {f"{way} {key}": value for way, figures in found.items() for key, value in short(figures).items()}
 
 
 def short(figures):
-    """The figures that are kept of a score."""
-    return {key: figures[key] for key in KEPT}
+    """The figures that are kept of a score; captions that say nothing, which have no F1, get 0."""
+    return {key: figures[key] for key in KEPT} | {"f1": figures["f1"] or 0.0}
 
 
 def both_f1(figures):
@@ -257,7 +257,7 @@ def context(lab):
     return {**found, **{f"{name}, long": figures for name, figures in three_rounds(lab).items()}}
 
 
-SHORT = 64              # tokens: 36 of the views, 5 of the prompt, and 23 for a caption; golden ones have 26 on average
+SHORT = 64              # tokens: 36 of the views, 6 of the prompt, and 22 for a caption; golden ones have 26 on average
 HEATS = (0, .5, .75, 1, 1.25, 1.5)
 
 
@@ -306,7 +306,7 @@ def forgetting(lab):
     found = {"base": toy_base.own_tasks(load(lab), lab.seed)}
     for tune in ("adapters", "lora", "prompt", "full"):
         name = "sft" if tune == "adapters" else f"sft-{tune}"
-        folder = lab.sft_model(name, "--tune", tune, makes="config.json" if tune == "full" else "adapters.json")
+        folder = lab.sft_model(name, "--tune", tune, makes="model.safetensors" if tune == "full" else "adapters.json")
         model = QwenVL.from_pretrained(folder) if tune == "full" else load(lab, folder)
         found[tune] = toy_base.own_tasks(model, lab.seed)
         images, truth = lab.split("held-out", HELD_OUT)

@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -36,8 +37,9 @@ class Loop:
         path = os.path.relpath(CODE / script)
         ranks = ("--nproc_per_node", str(self.processes)) if stage and self.processes > 1 else ()
         arguments = [str(argument) for argument in arguments]
-        shown = " ".join([*(("torchrun", *ranks) if ranks else ("python",)), path, *arguments])
-        self.tell(f"{'done: ' if makes.exists() else '$ '}{shown}" + (f" > {stdout}" if stdout else ""))
+        shown = shlex.join([*(("torchrun", *ranks) if ranks else ("python",)), path, *arguments])
+        to = f" > {shlex.quote(str(stdout))}" if stdout else ""
+        self.tell(f"{'done: ' if makes.exists() else '$ '}{shown}{to}")
         if makes.exists():
             return
         command = [sys.executable, *(("-m", "torch.distributed.run", *ranks) if ranks else ()), path, *arguments]

@@ -3,6 +3,7 @@ import gc
 import importlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import signal
@@ -119,10 +120,11 @@ def fork_server():
     return context
 
 
-def rank_main(stage, argv, variables, report, at):
+def rank_main(stage, argv, variables, report, at, cpu):
     """What a rank's process does; at = (rank, micro-batch, signal number or "nan") happens to that rank alone.
 
-    In golden.py's case at = (rank, (pass, row, torn), signal number), see at_row.
+    In golden.py's case at = (rank, (pass, row, torn), signal number), see at_row. After `cpu` seconds of its own the
+    kernel ends it, as abruptly as kill -9 does, and at the same point however busy the machine is.
     """
     os.environ.update(variables)
     file = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -130,6 +132,8 @@ def rank_main(stage, argv, variables, report, at):
     os.dup2(file, 2)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)            # not our own way of starting, for its children
+    if cpu:
+        signal.setitimer(signal.ITIMER_PROF, cpu)
     gc.freeze()                     # what came with the fork is never garbage: golden.py collects it after each pass
     if at and at[0] == int(variables["RANK"]) and isinstance(at[1], tuple):
         shards.Appender.write = at_row(*at[1], at[2])
@@ -138,11 +142,21 @@ def rank_main(stage, argv, variables, report, at):
     sys.exit(importlib.import_module(stage).main(argv))
 
 
-def run_ranks(stage, argv, report, world=1, at=None, seconds=60, kill_after=None):
+def end_together(ranks, end):
+    """Wait for all ranks until `end`; when one of them fails, kill the others."""
+    running = ranks
+    while running and time.monotonic() < end and not any(process.exitcode for process in ranks):
+        multiprocessing.connection.wait([process.sentinel for process in running], end - time.monotonic())
+        running = [process for process in ranks if process.exitcode is None]
+    for process in running:
+        process.kill()
+
+
+def run_ranks(stage, argv, report, world=1, at=None, seconds=60, cpu=None):
     """`world` ranks of a stage, as torchrun would start them -> their exit codes. Their stdout and stderr go to a file.
 
-    Fails where one hangs; or, with kill_after, kills all that are not done after so many seconds. Exit codes are
-    negative for a process that a signal ended.
+    Fails where one hangs. Exit codes are negative for a process that a signal ended. With `cpu`, when one was ended
+    the others are killed, as torchrun does; otherwise they are left to end by themselves.
     """
     context = fork_server()
     with socket.socket() as s:
@@ -154,17 +168,14 @@ def run_ranks(stage, argv, report, world=1, at=None, seconds=60, kill_after=None
                      "MASTER_PORT": port}
         variables = {key: str(value) for key, value in variables.items()}
         argv = [str(argument) for argument in argv]
-        ranks.append(context.Process(target=rank_main, args=(stage, argv, variables, str(report), at)))
+        ranks.append(context.Process(target=rank_main, args=(stage, argv, variables, str(report), at, cpu)))
         ranks[-1].start()
-    end = time.monotonic() + (seconds if kill_after is None else kill_after)
+    end = time.monotonic() + seconds
     try:
+        if cpu:
+            end_together(ranks, end)
         for process in ranks:
             process.join(max(end - time.monotonic(), 0))
-        if kill_after is not None:
-            for process in ranks:
-                process.kill()
-            for process in ranks:
-                process.join()
         codes = [process.exitcode for process in ranks]
         assert None not in codes, f"a rank hangs: {codes}\n{Path(report).read_text()}"
         return codes

@@ -625,26 +625,28 @@ def test_a_kill_in_each_pass_loses_nothing(made, whole, tmp_path, torn):
 
 
 def test_twenty_kills_at_random_moments_lose_nothing(made, whole, tmp_path):
-    """kill -9 of one to three ranks at any time from their start on; whenever a run gets to its end, another folder."""
+    """One to three ranks, ended without warning at any point of their work; whenever they get to its end, another folder.
+
+    The moments are spread over the processor time that a whole run takes, from where the model is opened on.
+    """
     rng, folder, kills, report = random.Random(0), 0, 0, tmp_path / "report"
     few = ("--samples", 2, "--max-new-tokens", 12, "--min-statements", 1, "--batch", 1)
-    began = time.monotonic()
-    assert stages.run_ranks("golden", flags(made, tmp_path / "straight", *few), report) == [0]
-    usual = time.monotonic() - began
+    began = time.process_time()
+    assert stages.run(golden, *flags(made, tmp_path / "straight", *few)) == 0
+    usual, expected = time.process_time() - began, contents(tmp_path / "straight")
     while kills < N_KILLS:
         out, world = tmp_path / f"out-{folder}", rng.choice((1, 1, 2, 3))
-        moment = rng.uniform(0.2, 1.2) * usual * world ** 0.5            # in the first fifth nothing is opened yet
-        codes = stages.run_ranks("golden", flags(made, out, *few), report, world, kill_after=moment)
+        codes = stages.run_ranks("golden", flags(made, out, *few), report, world, cpu=rng.uniform(0.1, 1) * usual)
         if codes == [0] * world:
-            assert contents(out) == contents(tmp_path / "straight")
+            assert contents(out) == expected
             assert all(len(rows_of(out, what)) == N_IMAGES for what in golden.PASSES)
             folder += 1
         else:
+            assert -signal.SIGPROF in codes, report.read_text()
             kills += 1
-            print("KILLED", world, {what: len(rows_of(out, what)) for what in golden.PASSES if list(out.glob(f"{what}-*")) and any(x.stat().st_size for x in out.glob(f"{what}-*"))}, [n for n in FILES if (out/n).exists()])
     out = tmp_path / f"out-{folder}"
     assert stages.run_ranks("golden", flags(made, out, *few), report, 2) == [0, 0], report.read_text()
-    assert contents(out) == contents(tmp_path / "straight")
+    assert contents(out) == expected and all(len(rows_of(out, what)) == N_IMAGES for what in golden.PASSES)
 
 
 def test_a_torn_last_line_is_done_again(made, whole, copied):

@@ -245,7 +245,7 @@ def test_triplets_are_true_or_one_word_away_from_true(captions):
 
 
 def test_triplets_take_the_other_word_from_other_captions_and_no_word_of_its_own():
-    captions = ["dog brown, dog big", "dog black", "Dog BIG", "cat grey", "dog very old"]
+    captions = ["dog brown, dog big", "dog black", "Dog BIG", "cat grey", "dog very old", "cat brown", "dog"]
     rows = triplets_rule({"caption": captions[0], "slots": slots(captions)})
     assert [(asked(row), row["answer"]) for row in rows] == [
         ("dog brown", "Yes, dog brown"), ("dog black", "No, dog brown"),
