@@ -120,7 +120,10 @@ def start_ranks(device, patient=False):
 
 
 def run_stage(script, device, train, patient=False):
-    """train(ranks) among the ranks that torchrun started -> exit code; a user's mistake is one line from rank 0."""
+    """train(ranks) among the ranks that torchrun started -> exit code; a user's mistake is one line from rank 0.
+
+    patient: see start_ranks; such ranks meet mistakes of their own, and each tells its own.
+    """
     ranks = None
     try:
         ranks = start_ranks(device, patient)
@@ -128,7 +131,7 @@ def run_stage(script, device, train, patient=False):
         ranks.barrier()         # a rank that is done early must not take the group down before the others are
         return code
     except InputError as error:
-        if ranks is None or ranks.is_master:
+        if ranks is None or ranks.is_master or patient:     # patient ranks meet errors of their own
             print(f"{script}: {error}", file=sys.stderr)
         return 1
     finally:

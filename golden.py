@@ -156,7 +156,11 @@ def verify_rows(args, model, rows):
         if isinstance(pixels, InputError):
             yield {**row, "error": str(pixels)}
             continue
-        p_yes = yes_probability(model, pixels, [statement["question"] for statement in row["statements"]]).tolist()
+        try:
+            p_yes = yes_probability(model, pixels, [statement["question"] for statement in row["statements"]]).tolist()
+        except torch.OutOfMemoryError:
+            raise InputError(f"out of memory with {len(row['statements'])} questions about one image; lower "
+                             "generate.MAX_PACKED") from None
         yield {**row, "statements": [{**statement, "p_yes": round(p, 4)}
                                      for statement, p in zip(row["statements"], p_yes)]}
 
@@ -235,7 +239,7 @@ def compose_rows(args, tool, tokenizer, room, threshold, rows):
             n_kept = sum(s["kept"] for s in row["statements"])
             if n_kept < args.min_statements:
                 yield {**row, "left_out": "too few statements kept" if n_kept else "nothing kept"}
-            elif n_kept == len(row["statements"]):                  # there is nothing to correct
+            elif row["combined"] == ", ".join(s["text"] for s in row["statements"] if s["kept"]):   # nothing to correct
                 yield pair({**row, "chosen": row["combined"]}, tokenizer, room)
             else:
                 asked.append(row)

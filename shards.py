@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import time
+from itertools import chain
 
 from tqdm import tqdm
 
@@ -22,8 +23,8 @@ def check_settings(out, ranks, passes, settings):
     for what in passes:
         old, new = saved.get(what), settings[what]
         if old and old != new and any(out.glob(f"{what}-*.jsonl")):
-            key = next(key for key in new if old.get(key) != new[key])
-            raise InputError(f"{out}: {what} was done with another {key} ({old.get(key)!r}, now {new[key]!r}); "
+            key = next(key for key in {**old, **new} if old.get(key) != new.get(key))
+            raise InputError(f"{out}: {what} was done with another {key} ({old.get(key)!r}, now {new.get(key)!r}); "
                              f"give another --out, or delete the files {what}-*.jsonl in it and those of later passes")
     if ranks.is_master:
         saved |= {what: settings[what] for what in passes}
@@ -103,12 +104,17 @@ def run_pass(out, ranks, what, source, make_work, retry_errors=False):
                 errors.append(row)
             else:
                 yield row
+
+    def results():
+        rows = good()
+        for first in rows:                      # where nothing but errors is left, no model is opened
+            yield from make_work()(chain([first], rows))
+        yield from errors
     file, n_errors = Appender(out, what, ranks.rank), 0
     with tqdm(total=len(todo), desc=what, unit="image", disable=not ranks.is_master) as bar:
-        for rows in (make_work()(good()), errors):
-            for row in rows:
-                file.write(row)
-                n_errors += "error" in row
-                bar.set_postfix(errors=n_errors, refresh=False)
-                bar.update()
+        for row in results():
+            file.write(row)
+            n_errors += "error" in row
+            bar.set_postfix(errors=n_errors, refresh=False)
+            bar.update()
     return len(todo), time.perf_counter() - began

@@ -76,27 +76,40 @@ PLACES = ("background", "top-left", "top", "top-right", "left", "right", "bottom
           "center", "centre", "foreground")
 
 
+def parted(caption):
+    """The statements of a caption, parted also where a comma was forgotten: a place begins a statement. A place alone
+    says nothing."""
+    for text in statements(caption):
+        words = text.split()
+        starts = [k for k, word in enumerate(words) if k == 0 or word.casefold() in PLACES]
+        for k, end in zip(starts, [*starts[1:], len(words)]):
+            if end - k > 1 or words[k].casefold() not in PLACES:
+                yield " ".join(words[k:end])
+
+
 def combine_rule(captions):
     """What any of the captions says, once, always in the same order, and how many of them say it.
 
     One place has one thing of a form: statements about the same place with as many words exclude each other
-    ("top-left red circle" and "top-left red ring", but not "top-left stripes"), and so share a group.
+    ("top-left red circle" and "top-left red ring", but not "top-left stripes"), and so share a group. Half a statement
+    ("top-left red") is dropped where the whole is said.
     """
     rows = {}
     for caption in captions:
-        for text in statements(caption):
+        for key, text in {text.casefold(): text for text in parted(caption)}.items():
             about = text.split()[0]
             group = f"{about.casefold()} {len(text.split())}" if about.casefold() in PLACES else None
-            row = rows.setdefault(text.casefold(), {"text": text, "about": about, "group": group, "votes": 0})
+            row = rows.setdefault(key, {"text": text, "about": about, "group": group, "votes": 0})
             row["votes"] += 1
-    if not rows:
-        raise Unreadable("the captions say nothing")
+    said = {key: key.split() for key in rows}
+    whole = [row for key, row in rows.items() if not any(
+        said[key][0] == more[0] and set(said[key]) < set(more) for more in said.values())]
 
     def order(row):
         about = row["about"].casefold()
         place = PLACES.index(about) if about in PLACES else len(PLACES)
         return place, about, -len(row["text"].split()), row["text"].casefold()
-    return lone_groups_dropped(sorted(rows.values(), key=order))
+    return lone_groups_dropped(sorted(whole, key=order))
 
 
 def decompose_rule(rows):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-import evaluate
+import scoring
 import toy_base
 import toy_claims
 import toy_world as world
@@ -172,7 +172,7 @@ def gains(out, before, after, truth):
     rows, parts = read_truth(truth), []
     for way in ("greedy", "sampled"):
         for name in ("precision", "recall", "f1"):
-            change, low, high = evaluate.difference(read_captions(out, before, way), read_captions(out, after, way),
+            change, low, high = scoring.difference(read_captions(out, before, way), read_captions(out, after, way),
                                                     rows, name)
             parts.append(f"{way} {COLUMNS[name]} {change:+.3f} [{low:+.3f}, {high:+.3f}]")
     return ", ".join(parts)

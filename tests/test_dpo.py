@@ -241,6 +241,15 @@ def test_kl_is_detached_and_not_below_zero():
     assert loss(torch.tensor([2.0])) != loss(torch.zeros(1))
 
 
+def test_none_is_zero_and_pulls_at_nothing():
+    policy, refs, lengths, _ = random_pairs(64, torch.float32)
+    ours = [p.clone().requires_grad_() for p in policy]
+    found = dpo.preference_loss("none", *ours, *refs, 0.1, *lengths)
+    assert torch.equal(found, torch.zeros(64))
+    gradients = torch.autograd.grad((found + 0 * sum(ours)).sum(), ours)
+    assert all(torch.equal(g, torch.zeros(64)) for g in gradients)
+
+
 def test_an_unknown_loss_is_refused():
     with pytest.raises(ValueError, match="simpo"):
         dpo.preference_loss("simpo", *[torch.zeros(1)] * 4, 0.1, torch.ones(1), torch.ones(1))
@@ -406,6 +415,28 @@ def test_the_first_step_of_a_fresh_run_has_no_reward_yet(train, kind, expected):
     assert max(abs(row[f"rewards/{name}"]) for name in ("chosen", "rejected", "margins")) < 1e-4
     assert row["loss"] == pytest.approx(row["preference_loss"] + row["nll_loss"], rel=1e-6)
     assert set(NAMES) <= row.keys()
+
+
+@pytest.mark.parametrize("ce", [1, 0.5])
+def test_without_a_preference_loss_cross_entropy_on_the_chosen_captions_is_left(train, tiny_base, captioner, golden, ce):
+    """Loss and gradient of a step: --ce times the mean over rows of the NLL per token, whatever was rejected."""
+    row, = log_of(train("out", "--loss", "none", "--ce", ce, "--max-steps", 1, "--micro-batch", 4))
+    policy = loaded(tiny_base, captioner)
+    prompt, trained = policy.caption_prompt(len(BOXES)), [p for n, p in policy.named_parameters() if "_slot.caption." in n]
+    for p in trained:
+        p.requires_grad_(True)
+    nll = 0.0
+    for line in stages.read_rows(golden):
+        target = targets_of(policy.tokenizer, line["chosen"], True)
+        nll = nll - plain_logp(policy, prompt, views(open_image(golden.parent / line["image"]), 28), target) / len(target)
+    nll = nll / N_ROWS
+    gradients = torch.autograd.grad(ce * nll, trained)
+    expected_norm = math.sqrt(sum(g.double().pow(2).sum().item() for g in gradients))
+    assert row["preference_loss"] == 0 and row["nll_loss"] == pytest.approx(nll.item(), rel=1e-4)
+    assert row["loss"] == pytest.approx(ce * nll.item(), rel=1e-4)
+    assert row["grad_norm"] == pytest.approx(expected_norm, rel=1e-3)
+    other, = log_of(train("dpo", "--ce", ce, "--max-steps", 1, "--micro-batch", 4))
+    assert other["nll_loss"] == pytest.approx(row["nll_loss"], rel=1e-5) and other["loss"] > row["loss"] + 0.5
 
 
 def drawn_by(monkeypatch, calls):
@@ -1001,7 +1032,8 @@ def test_another_run_in_the_folder_is_refused_by_name(train, capfd, captioner, g
 
 @pytest.mark.parametrize("wrong", [
     ("--beta", 0), ("--beta", -1), ("--beta", "nan"), ("--ce", -1), ("--ce", "nan"), ("--max-rejected", 0),
-    ("--watch", -1), ("--loss", "simpo"), ("--batch", 0), ("--holdout", 1), ("--sft-epochs", 0), ("--sft-epochs", "inf"),
+    ("--watch", -1), ("--loss", "simpo"),
+    ("--loss", "none", "--ce", 0), ("--batch", 0), ("--holdout", 1), ("--sft-epochs", 0), ("--sft-epochs", "inf"),
     ("--lr", "nan"), ("--weight-decay", "nan"), ("--unknown", 1)], ids=lambda wrong: " ".join(map(str, wrong)))
 def test_wrong_flags_are_refused_by_argparse(capfd, captioner, golden, tmp_path, wrong):
     with pytest.raises(SystemExit) as stop:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evaluate
+import scoring
 import toy_world
 from loading import InputError
 
@@ -73,7 +74,7 @@ def test_categories_and_groups_by_hand():
     ("A cat,  a   DOG .,a dog", ["a cat", "a dog", "a dog"]), ("", []), (" , ,. ,", []),
     ("Straße\n1.5 m wide...", ["strasse 1.5 m wide"])])
 def test_statements_are_parts_between_commas(caption, expected):
-    assert evaluate.statements(caption) == expected
+    assert scoring.statements(caption) == expected
 
 
 def test_the_truth_is_normalised_as_captions_are():
@@ -137,7 +138,7 @@ def test_errors_unknown_and_missing_images_are_counted_and_change_nothing():
 # ---------------------------------------------------------------- details and kinds of what is not there
 def sorted_by(facts, *texts):
     """(kind, whether it claims a detail) of texts that are said of an image on which nothing is."""
-    known = evaluate.understand([{"image": "x", "facts": facts}, {"image": "y", "facts": [{"text": "nothing"}]}])
+    known = scoring.understand([{"image": "x", "facts": facts}, {"image": "y", "facts": [{"text": "nothing"}]}])
     return [known["y"]["classify"](text) for text in texts]
 
 
@@ -262,30 +263,30 @@ def test_a_thousand_resamples_of_a_thousand_images_are_quick():
 def test_the_difference_of_two_captioners():
     captions, truth = coins(100, 40)
     better = [{**row, "caption": "a"} if int(row["image"]) % 10 == 9 else row for row in captions]
-    assert evaluate.difference(captions, captions, truth, "precision", 200) == (0, 0, 0)
-    gain, low, high = evaluate.difference(captions, better, truth, "precision", 500)
+    assert scoring.difference(captions, captions, truth, "precision", 200) == (0, 0, 0)
+    gain, low, high = scoring.difference(captions, better, truth, "precision", 500)
     assert gain == pytest.approx(0.06) and 0 < low < 0.06 < high < 0.12
     # the same images are drawn for both: by themselves their intervals overlap
     ends = [evaluate.score(rows, truth, 500)["intervals"]["precision"] for rows in (captions, better)]
     assert ends[0][1] > ends[1][0]
-    assert evaluate.difference(better, captions, truth, "precision", 500) == pytest.approx((-gain, -high, -low))
-    once, again, other = (evaluate.difference(captions, better, truth, "f1", 100, seed) for seed in (3, 3, 4))
+    assert scoring.difference(better, captions, truth, "precision", 500) == pytest.approx((-gain, -high, -low))
+    once, again, other = (scoring.difference(captions, better, truth, "f1", 100, seed) for seed in (3, 3, 4))
     assert once == again != other
-    assert math.isnan(evaluate.difference(captions, better, truth, "recall", bootstrap=0)[1])
+    assert math.isnan(scoring.difference(captions, better, truth, "recall", bootstrap=0)[1])
 
 
 def test_a_difference_is_over_the_images_of_both():
     captions, truth = coins(10, 5)
-    gain, _, _ = evaluate.difference(captions[:6], captions[4:], truth, "precision", 10)
+    gain, _, _ = scoring.difference(captions[:6], captions[4:], truth, "precision", 10)
     assert gain == 0
-    gain, _, _ = evaluate.difference(captions[:6], [{"image": "5", "caption": "a, z"}], truth, "precision", 10)
+    gain, _, _ = scoring.difference(captions[:6], [{"image": "5", "caption": "a, z"}], truth, "precision", 10)
     assert gain == 0.5
     with pytest.raises(InputError, match="both"):
-        evaluate.difference(captions[:5], captions[5:], truth, "precision")
+        scoring.difference(captions[:5], captions[5:], truth, "precision")
     timed = [{**row, "tokens": 9} for row in captions]
-    assert evaluate.difference(timed, timed, truth, "length", 10) == (0, 0, 0)
+    assert scoring.difference(timed, timed, truth, "length", 10) == (0, 0, 0)
     with pytest.raises(InputError, match="tokens"):
-        evaluate.difference(captions, timed, truth, "length")
+        scoring.difference(captions, timed, truth, "length")
 
 
 # ---------------------------------------------------------------- golden files
@@ -294,7 +295,7 @@ def test_a_difference_is_over_the_images_of_both():
 def test_auroc_is_the_share_of_pairs_in_order(pairs):
     wins = [(a > b) + (a == b) / 2 for a, true in pairs if true for b, other in pairs if not other]
     expected = sum(wins) / len(wins) if wins else math.nan
-    assert evaluate.auroc([p for p, _ in pairs], [true for _, true in pairs]) == pytest.approx(expected, nan_ok=True)
+    assert scoring.auroc([p for p, _ in pairs], [true for _, true in pairs]) == pytest.approx(expected, nan_ok=True)
 
 
 def told(text, p_yes, kept, votes):

@@ -169,6 +169,29 @@ def test_switched_off_it_is_exactly_the_captioner(captioner, whole, data):
     assert same(logits_of(model, path), both)
 
 
+def test_with_vision_adapters_stand_in_both_towers_below_the_captioner_s(captioner, whole, data, tmp_path):
+    assert stages.run(qa_adapter, *arguments(captioner, data, tmp_path, "--vision")) == 0
+    card, usual = adapters.read_card(tmp_path), adapters.read_card(whole)
+    assert card["where"] == ["vision", "language"] and usual["where"] == ["language"]
+    assert card["below"] == usual["below"] == "caption"
+    model, path = with_qa(captioner, tmp_path), data / "00000.png"
+    assert {slot.stack for slot, _ in adapters.slots(model)} == {("qa", "caption")}
+    names = adapters.names_of(model, "qa")
+    assert names == sorted(stages.weights_of(tmp_path)) and len(names) == 4 * 2 * (2 + 1)
+    assert sum(".visual." in name for name in names) == 4 * 2
+    assert not any(".visual." in name for name in stages.weights_of(whole))
+    assert all(model.get_parameter(name).any() for name in names if ".up." in name)         # all of them have learned
+    pixels, see = views(open_image(path), SIDE), model.transformer.visual
+    with torch.no_grad():
+        seen, usual_seen = see(pixels), with_qa(captioner, whole).transformer.visual(pixels)
+        with adapters.active(model, ["caption"]):
+            of_captioner, logits = see(pixels), logits_of(model, path)
+    assert torch.equal(usual_seen, of_captioner) and not torch.allclose(seen, of_captioner, atol=1e-3)
+    alone = QwenVL.from_pretrained(adapters.read_card(captioner)["base"])
+    adapters.load(alone, captioner)
+    assert same(logits_of(alone, path), logits)
+
+
 # ---------------------------------------------------------------- questions on disk
 def test_answers_start_with_yes_or_no_and_the_rest_is_told(data, capsys):
     good = [("Yes", " Yes", True), ("no", " No", False), ("YES, a red one", " Yes, a red one", True),
@@ -321,7 +344,8 @@ def tiny_file(folder):
 
 
 @pytest.mark.parametrize("more, expected_word", [
-    (["--lr", 0.02], "lr"), (["--reduction", 4], "reduction"), (["--holdout", 0.5], "questions"), ("captioner", "captioner"),
+    (["--lr", 0.02], "lr"), (["--reduction", 4], "reduction"), (["--vision"], "vision"),
+    (["--holdout", 0.5], "questions"), ("captioner", "captioner"),
     ("answers", "(questions|rows)")])
 def test_a_folder_of_another_run_is_refused(captioner, whole, tiny_base, data, tmp_path, capsys, more, expected_word):
     out = shutil.copytree(whole, tmp_path / "out")

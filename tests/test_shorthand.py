@@ -120,7 +120,7 @@ def test_shorthand_rewritten_is_the_same():
 
 
 @pytest.mark.parametrize("rule, item", [
-    (rewrite_rule, " ... , "), (rewrite_rule, "Overall."), (combine_rule, []), (combine_rule, ["", " . ,"]),
+    (rewrite_rule, " ... , "), (rewrite_rule, "Overall."),
     (triplets_rule, {"caption": " ,", "slots": {}})])
 def test_nothing_in_is_unreadable(rule, item):
     with pytest.raises(Unreadable):
@@ -128,6 +128,16 @@ def test_nothing_in_is_unreadable(rule, item):
 
 
 # ---------------------------------------------------------------- combine
+@pytest.mark.parametrize("captions, expected", [
+    ([], []), (["", " . ,"], []), (["center", "top-left, bottom"], []),
+    (["center background black, top-left red ring background"], ["background black", "top-left red ring"]),
+    (["top top-right purple triangle"], ["top-right purple triangle"]),
+    (["top-left red, top-left stripes", "top-left red ring"], ["top-left red ring", "top-left stripes"]),
+    (["top-left red"], ["top-left red"]), (["dog", "dog brown"], ["dog brown"]), (["Center"], [])])
+def test_combining_parts_what_runs_together_and_drops_what_says_nothing(captions, expected):
+    assert [row["text"] for row in combine_rule(captions)] == expected
+
+
 def seen(rows):
     """What rows say, without the spelling and without the names of the groups."""
     members = [frozenset(other["text"].casefold() for other in rows if row["group"] == other["group"] is not None)
