@@ -97,14 +97,19 @@ def facts(scene):
 
 
 def truth(scene, name):
-    """The truth row of an image: its facts, and the false statements to which the planted correlation tempts.
+    """The truth row of an image: its facts, what else is true of it, and the false statements to which the planted
+    correlation tempts.
 
-    {"image", "facts": see `facts`, "planted": [{"text", "about", "group"}]}: of every unmarked object, both marks, and
-    the object's colour group.
+    {"image", "facts": see `facts`, "also_true": that a place is empty, or an object in a quadrant plain, which answers
+    to questions say, "planted": [{"text", "about", "group"}]}: of every unmarked object, both marks, and the object's
+    colour group.
     """
     bare = [thing for thing in scene.things if thing.place != "center" and not thing.mark]
+    taken = {thing.place for thing in scene.things}
+    empty = [f"{place} empty" for place in (*PLACES, "center") if place not in taken]
     planted = [{"text": f"{t.place} {mark}", "about": t.place, "group": t.group} for t in bare for mark in MARKS]
-    return {"image": name, "facts": facts(scene), "planted": planted}
+    return {"image": name, "facts": facts(scene), "also_true": empty + [f"{t.place} plain" for t in bare],
+            "planted": planted}
 
 
 def statements(caption):
