@@ -179,25 +179,27 @@ def gains(out, before, after, truth):
 
 
 def sheet(out, images, truth, before, after, n=8):
-    """sheet.png: held-out scenes with greedy captions before and after, wrong statements red, missing facts grey."""
-    known = {row["image"]: [fact["text"] for fact in row["facts"]] for row in read_truth(truth)}
-    said = [{row["image"]: world.statements(row["caption"]) for row in read_captions(out, name, "greedy")}
+    """sheet.png: the first held-out scenes with captions sampled before and after; wrong statements red, facts that are
+    not told grey."""
+    known = {row["image"]: row for row in read_truth(truth)}
+    said = [{row["image"]: world.statements(row["caption"]) for row in read_captions(out, name, "sampled")}
             for name in (before, after)]
-    side, width, line = 192, 1100, 20
+    side, width, line = 192, 960, 20
     font = ImageFont.load_default(15)
     canvas = Image.new("RGB", (width, n * (side + 16)), "white")
     pen = ImageDraw.Draw(canvas)
     for k, name in enumerate(sorted(known)[:n]):
-        top = k * (side + 16) + 8
+        facts, also = [fact["text"] for fact in known[name]["facts"]], known[name]["also_true"]
+        y = top = k * (side + 16) + 8
         canvas.paste(open_image(images / name).resize((side, side), Image.NEAREST), (8, top))
-        y = top
         for label, captions in zip((before, after), said):
             told = captions.get(name, [])
-            missing = [fact for fact in known[name] if fact not in told]
-            for text, color in ((f"{label}:", "#888888"), (", ".join(s for s in told if s in known[name]), "black"),
-                                (", ".join(f"wrong: {s}" for s in told if s not in known[name]), "#c02020"),
+            right, wrong = ([s for s in told if (s in facts or s in also) == side] for side in (True, False))
+            missing = [fact for fact in facts if fact not in told]
+            for text, color in ((f"{label}:", "#888888"), (", ".join(right), "black"),
+                                (", ".join(f"wrong: {s}" for s in wrong), "#c02020"),
                                 (f"not told: {', '.join(missing)}" if missing else "", "#999999")):
-                for part in textwrap.wrap(text, 110):
+                for part in textwrap.wrap(text, 105):
                     pen.text((side + 24, y), part, fill=color, font=font)
                     y += line
             y += line // 2
