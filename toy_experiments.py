@@ -126,7 +126,7 @@ def generations(lab):
     for n in (1, 2, 4, 8, 16):
         folder, scores = lab.golden_of(sft, f"golden-n{n}", "--samples", n, "--min-statements", 1, images="few", n=400)
         found[f"N = {n}, union"], found[f"N = {n}, gated"] = short(scores["combined"]), short(scores["golden"])
-    truth = {row["image"]: {fact["text"] for fact in row["facts"]} for row in toy_rows(lab.out / "truth/few.jsonl")}
+    truth = {row["image"]: all_true(row) for row in toy_rows(lab.out / "truth/few.jsonl")}
     told = [(statement["p_yes"], statement["text"] in truth[row["image"]])
             for row in toy_rows(folder / "record.jsonl") for statement in row.get("statements", [])]
     for threshold in (.01, .1, .3, .5, .7, .9, .99):
@@ -270,9 +270,10 @@ def temperature(lab):
         truth = {row["image"]: row for row in toy_rows(lab.out / "truth/few.jsonl")}
         false, lures = [], []
         for row in toy_rows(folder / "record.jsonl"):
-            facts, planted = ({item["text"] for item in truth[row["image"]][key]} for key in ("facts", "planted"))
+            known = truth[row["image"]]
+            true, planted = all_true(known), {lure["text"] for lure in known["planted"]}
             for statement in row["statements"]:
-                if statement["text"] not in facts:
+                if statement["text"] not in true:
                     (lures if statement["text"] in planted else false).append(statement["p_yes"])
         found[f"temperature {heat}"] = {
             "false share": 1 - scores["sample"]["precision"], "planted": scores["sample"]["planted"],
@@ -356,6 +357,11 @@ def toy_rows(path):
     """The rows of a JSONL file, their images by file name."""
     rows = map(json.loads, path.read_text("utf-8").splitlines())
     return [{**row, "image": Path(row["image"]).name} for row in rows]
+
+
+def all_true(row):
+    """The true statements about the image of a truth row: its facts, and what need not be told."""
+    return {fact["text"] for fact in row["facts"]}.union(row["also_true"])
 
 
 def load(lab, *folders):

@@ -49,7 +49,7 @@ class Loop:
         with contextlib.ExitStack() as files:
             log = files.enter_context(self.log.open("a", encoding="utf-8")) if self.log else None
             out = files.enter_context(temporary.open("w", encoding="utf-8")) if stdout else log
-            code = subprocess.run(command, stdout=out, stderr=log).returncode
+            code = run_command(command, out, log)
         if stdout and code == 0:
             os.replace(temporary, stdout)
         if code or not makes.exists():
@@ -91,6 +91,16 @@ class Loop:
         self.run(scores, "evaluate.py", golden / "record.jsonl", truth, "--json", scores,
                  stdout=scores.with_suffix(".txt"), stage=False)
         return json.loads(scores.read_text("utf-8"))
+
+
+def run_command(command, stdout=None, stderr=None):
+    """Run a command -> its exit code. ^C reaches it, too, and it is waited for while it saves how far it came."""
+    with subprocess.Popen(command, stdout=stdout, stderr=stderr) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:       # subprocess.run would kill it after a quarter of a second
+            process.wait()
+            raise
 
 
 def make_split(out, name, n, seed, wants):

@@ -387,12 +387,12 @@ def test_a_union_of_more_samples_misses_less(measure, lab):
 
 
 def test_the_gate_s_curve_is_counted_over_the_statements_of_the_largest_union(bench, monkeypatch):
-    """Of each image two facts at P(yes) .95 and .2 and an invention at .6; one image failed and has no statements."""
+    """Of each image a fact and what else is true, at P(yes) .95 and .2, an invention at .6; one image failed."""
     lab = Lab(bench.out, 6)
     lab.split("few", 6)
-    truth, asked = toy_experiments.toy_rows(lab.out / "truth/few.jsonl"), []
+    truth, asked = [row for row in toy_experiments.toy_rows(lab.out / "truth/few.jsonl") if row["also_true"]], []
     told = [{"image": row["image"], "statements": [{"text": text, "p_yes": p} for text, p in (
-        (row["facts"][0]["text"], .95), (row["facts"][1]["text"], .2), ("top-left cow", .6))]} for row in truth[1:]]
+        (row["facts"][0]["text"], .95), (row["also_true"][0], .2), ("top-left cow", .6))]} for row in truth[1:]]
 
     def golden_of(captioner, name, *flags, **how):
         folder = lab.out / name
@@ -441,8 +441,9 @@ def test_the_gate_is_asked_about_false_statements_and_about_planted_ones_apart(b
     lab.split("few", 6)
     truth = toy_experiments.toy_rows(lab.out / "truth/few.jsonl")
     lure = next(row for row in truth if row["planted"])
-    told = [{"image": row["image"], "statements": [{"text": row["facts"][0]["text"], "p_yes": .9},
-                                                   {"text": "top-left cow", "p_yes": .2}]} for row in truth]
+    told = [{"image": row["image"], "statements": [
+        {"text": row["facts"][0]["text"], "p_yes": .9}, {"text": "top-left cow", "p_yes": .2},
+        *({"text": text, "p_yes": .8} for text in row["also_true"])]} for row in truth]
     told[truth.index(lure)]["statements"].append({"text": lure["planted"][0]["text"], "p_yes": .6})
     stages.write_rows(lab.out / "record.jsonl", told)
     monkeypatch.setattr(toy_experiments, "HEATS", (1,))
@@ -495,7 +496,8 @@ def test_a_short_context_is_the_same_base_with_less_room(measure, lab):
     for k in (1, 2, 3):
         assert Path(adapters.read_card(lab.out / f"round-{k}-short")["base"]) == lab.out / "short-base"
         assert Path(adapters.read_card(lab.out / f"round-{k}")["base"]) == CODE / "assets/toy"
-    assert lab.base == CODE / "assets/toy"
+    toy_experiments.context(lab)
+    assert lab.base == CODE / "assets/toy"          # as before
 
 
 def test_each_of_three_rounds_starts_where_the_one_before_ended(measure, lab):
@@ -544,6 +546,15 @@ def test_full_tuning_lora_and_a_prompt_alone_are_judged_as_they_are(measure, lab
     stored = load_file(lab.out / "sft-full/model.safetensors")
     base = load_file(CODE / "assets/toy/model.safetensors")
     assert stored.keys() == base.keys() and not all(torch.equal(stored[name], base[name]) for name in base)
+
+
+def test_to_switch_off_is_to_have_the_base_alone(measure, lab, monkeypatch):
+    measure("forgetting")
+    seen = []
+    monkeypatch.setattr(toy_base, "own_tasks", lambda model, seed: (
+        seen.append({name for slot in adapters.all_slots(model) for name in slot.stack}), {})[1])
+    toy_experiments.forgetting(lab)
+    assert seen == [set(), {"caption"}, set(), {"caption"}, {"caption"}, set()]     # base, adapters on and off, lora, prompt, full
 
 
 def test_a_full_tuning_cut_short_while_it_is_written_is_done_again(measure, lab):

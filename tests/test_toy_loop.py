@@ -47,7 +47,7 @@ sys.addaudithook(see)                           # for good: no hook can be taken
 
 
 class Here:
-    """In place of toy_steps' subprocess: runs the scripts in this process.
+    """In place of toy_steps.run_command: runs the scripts in this process.
 
     commands: what was run, as (script, arguments), and `raw`, as it was handed over. before(script, arguments) may
     return an exit code, or raise, in place of the script.
@@ -60,7 +60,7 @@ class Here:
     def scripts(self):
         return [script for script, _ in self.commands]
 
-    def run(self, command, stdout=None, stderr=None):
+    def __call__(self, command, stdout=None, stderr=None):
         python, script, *argv = command
         script = Path(script).resolve()
         assert python == sys.executable and script.is_file()
@@ -76,7 +76,7 @@ class Here:
                 streams.callback(SEEN.update, script=None)
                 SEEN["script"] = script.name
                 code = self.start(script, argv)
-        return SimpleNamespace(returncode=code or 0)
+        return code or 0
 
     def start(self, script, argv):
         assert script.parent == CODE
@@ -87,7 +87,7 @@ class Here:
 def running(here):
     """The loop's commands go to `here`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy_steps, "subprocess", here)
+        patch.setattr(toy_steps, "run_command", here)
         yield here
 
 
@@ -264,23 +264,16 @@ def test_every_command_is_printed_as_one_would_type_it(whole):
         assert to is None or Path(to).is_file()
 
 
-def making(path):
-    """A stand-in for a command that does its work: it makes a file."""
-    def act(script, argv):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        return 0
-    return act
-
-
 def test_with_several_processes_the_stages_go_to_torchrun_and_the_rest_does_not(tmp_path, capsys, monkeypatch):
     handed, out = [], tmp_path / "a folder"
 
     def run(command, stdout=None, stderr=None):
         handed.append(command)
-        making(made.pop(0))(None, None)
-        return SimpleNamespace(returncode=0)
-    monkeypatch.setattr(toy_steps, "subprocess", SimpleNamespace(run=run))
+        path = made.pop(0)          # it does its work
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        return 0
+    monkeypatch.setattr(toy_steps, "run_command", run)
     made, steps = [out / "sft/adapters.json", out / "golden.jsonl", out / "captions/x.jsonl"], Loop(out, processes=2)
     steps.sft("assets/toy", tmp_path, out / "sft", "--seed", 3)
     steps.golden(out / "sft", out / "qa", tmp_path, out)
@@ -300,8 +293,8 @@ def test_what_the_scripts_print_goes_to_the_log_where_there_is_one(tmp_path, cap
         stdout.write("said\n")
         stderr.write("warned\n")
         (tmp_path / "made").touch()
-        return SimpleNamespace(returncode=0)
-    monkeypatch.setattr(toy_steps, "subprocess", SimpleNamespace(run=run))
+        return 0
+    monkeypatch.setattr(toy_steps, "run_command", run)
     (tmp_path / "log").write_text("before\n")
     Loop(tmp_path, log=tmp_path / "log").run(tmp_path / "made", "sft.py")
     assert (tmp_path / "log").read_text().splitlines()[0] == "before"
@@ -316,6 +309,19 @@ def test_a_real_process_is_started_and_its_error_ends_in_one_line(tmp_path, capf
                            stdout=tmp_path / "x.txt", stage=False)
     assert "\n" not in str(error.value) and not (tmp_path / "x.txt").exists()
     assert capfd.readouterr().err.startswith("evaluate.py: ")
+
+
+SAVING = """import os, signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: None)
+os.kill(os.getppid(), signal.SIGINT)
+time.sleep(1)
+open(sys.argv[1], "w").write("saved")"""
+
+
+def test_control_c_leaves_a_command_the_time_to_save(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        toy_steps.run_command([sys.executable, "-c", SAVING, str(tmp_path / "checkpoint")])
+    assert (tmp_path / "checkpoint").read_text() == "saved"
 
 
 # ---------------------------------------------------------------- stopped and started again
@@ -437,7 +443,7 @@ def test_without_the_truth_every_stage_leaves_the_same_bytes_and_evaluate_py_one
         argv = [part.replace(str(whole.out), str(out)) for part in argv]
         capfd.readouterr()
         said = io.StringIO()
-        code = blind.run([sys.executable, str(CODE / script), *argv], stdout=said).returncode
+        code = blind([sys.executable, str(CODE / script), *argv], stdout=said)
         if script == "evaluate.py":
             error = capfd.readouterr().err
             assert code == 1 and error.startswith("evaluate.py: ") and error.count("\n") == 1 and "truth" in error
@@ -486,9 +492,8 @@ def test_a_drawing_that_was_interrupted_is_done_again(tmp_path, monkeypatch):
     write_rows = world.write_rows
 
     def stop(path, rows, folder):
-        if path.parent.name == "truth":
-            raise KeyboardInterrupt
         write_rows(path, rows, folder)
+        raise KeyboardInterrupt         # after the first file of several
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(world, "write_rows", stop)
         make_split(tmp_path, "train", 3, 0, ("captions",))
@@ -530,7 +535,8 @@ def judged(tmp_path):
     for way in ("greedy", "sampled"):
         for name, most, wrong in (("sft", 2, ()), ("round-1", 4 if way == "greedy" else 3, ("top-left pink cow",))):
             said = [{"image": str(images / row["image"]), "finish": "eos", "tokens": 9,
-                     "caption": ", ".join([*(fact["text"] for fact in row["facts"][:most]), *(wrong if k < 3 else ())])}
+                     "caption": ", ".join([*(fact["text"] for fact in row["facts"][:most]), *(wrong if k < 3 else ()),
+                                           *row["also_true"][:1]])}
                     for k, row in enumerate(rows)]
             stages.write_rows(tmp_path / f"captions/{name}-{way}.jsonl", said)
     return SimpleNamespace(out=tmp_path, images=images, truth=truth)
@@ -578,6 +584,6 @@ def test_the_sheet_shows_the_pictures_in_order_and_what_is_missing_in_grey(judge
         pixels = np.asarray(Image.open(judged.out / "sheet.png"))[:, 216:]
         return int((pixels == 0x99).all(-1).sum())
     rows = toy.read_truth(judged.truth)
-    stages.write_rows(judged.out / "captions/full-greedy.jsonl", [{"image": row["image"], "caption": ", ".join(
+    stages.write_rows(judged.out / "captions/full-sampled.jsonl", [{"image": row["image"], "caption": ", ".join(
         fact["text"] for fact in row["facts"])} for row in rows])
     assert grey("sft") > 3 * grey("full")           # of which only the labels have some
