@@ -135,13 +135,13 @@ def finish(args, results, held_out, truth):
 
 
 COLUMNS = {"precision": "P", "recall": "R", "f1": "F1", "detail_precision": "detail P", "detail_recall": "detail R",
-           "planted": "planted", "eos": "end", "repeat": "repeats", "length": "length"}
+           "planted": "planted", "eos": "ends", "repeat": "repeats", "statements": "statements"}
 
 
 def table(results):
     """Lines of the table: a row for each captioner and way of decoding, and for each round's golden samples."""
     def text(value, key):
-        return "-" if value is None else f"{value:.1f}" if key == "length" else f"{value:.3f}"
+        return "-" if value is None else f"{value:.1f}" if key == "statements" else f"{value:.3f}"
     rows = [["", "", *COLUMNS.values()]]
     for name, ways in results.items():
         for way, figures in ways.items():

@@ -205,8 +205,8 @@ def test_the_printed_table_has_a_row_for_every_captioner_and_its_figures(whole):
     for (name, way), cells in rows.items():
         figures = found[name][{"golden": "sampled"}.get(way, way)]
         assert [None if cell == "-" else float(cell) for cell in cells] == [
-            pytest.approx(figures[key], abs=0.051 if key == "length" else 0.00051) if figures[key] is not None else None
-            for key in KEYS]
+            pytest.approx(figures[key], abs=0.051 if key == "statements" else 0.00051) if figures[key] is not None else None
+            for key in toy.COLUMNS]
     assert len([line for line in lines if re.match(r"golden\d: of what the gate kept", line)]) == 2
     assert len([line for line in lines if re.match(r"round \d against (sft|round 1): greedy P [+-]", line)]) == 2
 
@@ -508,12 +508,12 @@ def test_a_drawing_that_was_interrupted_is_done_again(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- the table, what was gained, the sheet
 def test_values_stand_in_their_cells_of_the_table():
     def figures(first):
-        return {key: first + k / 100 for k, key in enumerate(KEYS)}
-    results = {"sft": {"greedy": {**figures(.1), "length": 12.34, "planted": None}, "sampled": figures(.2)},
+        return {key: first + k / 100 for k, key in enumerate(toy.COLUMNS)}
+    results = {"sft": {"greedy": {**figures(.1), "statements": 12.34, "planted": None}, "sampled": figures(.2)},
                "golden1": {"sampled": figures(.3), "single": figures(.4), "union": figures(.5),
                            "gate": {"precision": .876, "recall": .765, "base_rate": .654}}}
     head, *rows, gate = toy.table(results)
-    assert re.split(r"  +", head.strip()) == ["P", "R", "F1", "detail P", "detail R", "planted", "end", "repeats", "length"]
+    assert re.split(r"  +", head.strip()) == ["P", "R", "F1", "detail P", "detail R", "planted", "ends", "repeats", "statements"]
     assert [line.split() for line in rows] == [
         ["sft", "greedy", "0.100", "0.110", "0.120", "0.130", "0.140", "-", "0.160", "0.170", "12.3"],
         ["sft", "sampled", "0.200", "0.210", "0.220", "0.230", "0.240", "0.250", "0.260", "0.270", "0.3"],
