@@ -143,7 +143,7 @@ def told(said, mark):
 def figures_of(out):
     """results.json, without the file names in it."""
     found = json.loads((out / "results.json").read_text())
-    return {name: {way: {key: figures[key] for key in KEYS} for way, figures in ways.items() if way != "gate"}
+    return {name: {way: {key: figures[key] for key in (*KEYS, "statements")} for way, figures in ways.items() if way != "gate"}
             for name, ways in found.items()}
 
 
