@@ -39,7 +39,7 @@ def parse_args(argv):
     parser.add_argument("--base", default=os.path.relpath(CODE / "assets/toy"), help="folder of the toy base")
     parser.add_argument("--rounds", type=int, default=2, help="rounds of QA adapter, golden samples and DPO")
     parser.add_argument("--captions", type=int, default=3000, help="scenes with a caption, for SFT, and questions")
-    parser.add_argument("--images", type=int, default=4000, help="unlabelled scenes per round")
+    parser.add_argument("--images", type=int, default=8000, help="unlabelled scenes per round")
     parser.add_argument("--held-out", type=int, default=500, help="scenes to judge captions by")
     parser.add_argument("--samples", type=int, default=6, help="captions per unlabelled scene")
     parser.add_argument("--processes", type=int, default=1, help="processes per stage, under torchrun if several")
