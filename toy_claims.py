@@ -156,4 +156,6 @@ def main(args):
             figures = measure(lab)
             write_json(path, figures)
             write_json(args.results, collect(args))
+    if not args.table:
+        write_json(args.results, collect(args))
     print("\n".join(table(collect(args))))

@@ -20,11 +20,11 @@ from model import QwenVL
 from toy_steps import CODE, Loop, make_split
 
 TUNE = 100                              # the seed on which learning rates and β are chosen
-LRS = ("5e-4", "1e-3", "2e-3")
+LRS = ("1e-3", "2e-3", "4e-3")
 BETAS = {"dpo": (".02", ".1", ".5"), "hinge": (".02", ".1", ".5"), "ipo": (".1", ".5", "2"), "kto": (".02", ".1", ".5")}
 ARMS = {"CE only": ("--loss", "none"), "DPO only": ("--ce", "0"), "DPO + CE/2": ("--ce", ".5"), "DPO + CE": (),
         "DPO + 2 CE": ("--ce", "2"), "SFT first, then DPO": ("--ce", "0", "--sft-first")}
-CAPTIONS, IMAGES, HELD_OUT = 2000, 1000, 300        # scenes per seed
+CAPTIONS, IMAGES, HELD_OUT = 2000, 3000, 300        # scenes per seed
 SAMPLES = 6
 KEPT = ("precision", "recall", "f1", "detail_precision", "detail_recall", "planted", "eos", "repeat")
 
