@@ -224,6 +224,7 @@ def test_the_best_learning_rate_and_beta_are_chosen_on_the_tuning_seed(tmp_path,
     def train(lab, name, captioner, golden, *flags):
         trained[name] = flags
         seeds.add(lab.seed)
+    monkeypatch.setattr(toy_experiments, "LRS", ("5e-4", "1e-3", "2e-3"))
     monkeypatch.setattr(Lab, "sft_model", lambda lab: "sft")
     monkeypatch.setattr(Lab, "golden_of", lambda lab, captioner, name: ("golden", {}))
     monkeypatch.setattr(Lab, "trained", train)
