@@ -51,10 +51,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.busy += 1
             server.most = max(server.most, server.busy)
         try:
-            server.script(text, n)(self)
+            answer = server.script(text, n)
         finally:
-            with server.lock:
+            with server.lock:                   # before the answer: whoever has it may ask again at once
                 server.busy -= 1
+        answer(self)
 
     do_GET = do_POST                            # what a client does that follows a redirect
 

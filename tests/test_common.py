@@ -55,10 +55,12 @@ def test_a_mistake_is_one_line_of_the_first_rank_and_a_bug_is_not_hidden(capsys,
         raise InputError("x.jsonl: is not there")
     assert common.run_stage("sft.py", "cpu", mistaken) == 1
     assert capsys.readouterr().err == "sft.py: x.jsonl: is not there\n"
-    monkeypatch.setattr(common, "start_ranks", lambda device: ranks_of(2)[1])
+    monkeypatch.setattr(common, "start_ranks", lambda device, patient: ranks_of(2)[1])
     monkeypatch.setattr(Ranks, "close", lambda self: None)
     assert common.run_stage("sft.py", "cpu", mistaken) == 1
     assert capsys.readouterr().err == ""
+    assert common.run_stage("golden.py", "cpu", mistaken, patient=True) == 1       # such ranks make mistakes of their own
+    assert capsys.readouterr().err == "golden.py: x.jsonl: is not there\n"
     with pytest.raises(ZeroDivisionError):
         common.run_stage("sft.py", "cpu", lambda ranks: 1 / 0)
 

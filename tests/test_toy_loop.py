@@ -230,7 +230,7 @@ def test_the_best_captioner_is_named_where_caption_py_looks(whole):
 def results_like(**f1):
     """results as `loop` gathers them, from {name: (greedy F1, sampled F1)}."""
     def figures(value):
-        return {**dict.fromkeys(KEYS, 0.5), "f1": value}
+        return {**dict.fromkeys((*KEYS, "statements"), 0.5), "f1": value}
     found = {name: {"greedy": figures(greedy), "sampled": figures(sampled)} for name, (greedy, sampled) in f1.items()}
     return {**found, "golden1": {"sample": figures(.4), "combined": figures(.5), "golden": figures(.6),
                                  "gate": {"precision": .9, "recall": .8, "base_rate": .7}}}
