@@ -389,17 +389,16 @@ def run(args, ranks):
 
     # ---- the passes
     times = {}
-    for what, make_work in zip(PASSES, (sampling, combining, verifying, composing)):
+    for before, what, make_work in zip((None, *PASSES), PASSES, (sampling, combining, verifying, composing)):
         if what not in args.passes:
             continue
-        if what == "sample":
-            source = {name: None for path, name in find_images([args.images]) if path != args.images}
+        if before:
+            source, _ = finished(args.out, before)
         else:
-            source, _ = finished(args.out, PASSES[PASSES.index(what) - 1])
-        is_first = what == "sample" or PASSES[PASSES.index(what) - 1] not in args.passes
-        if not source and is_first:         # later on, a rank without images may be here before the others have any
-            raise InputError(f"{args.images}: no images in it" if what == "sample" else
-                             f"{args.out}: nothing to {what}; run the pass before it first")
+            source = {name: None for path, name in find_images([args.images]) if path != args.images}
+        if not source and before not in args.passes:    # else a rank without images is here before others have any
+            raise InputError(f"{args.out}: nothing to {what}; run the pass before it first" if before else
+                             f"{args.images}: no images in it")
         times[what] = run_pass(args.out, ranks, what, source, make_work, args.retry_errors)
         gc.collect()
         if ranks.device.type == "cuda":

@@ -4,7 +4,7 @@ READS   assets/toy
 WRITES  out/claims: a folder per seed; results/claims.json: every number, and a verdict for each claim
 
     python toy.py claims                        # all that are missing; hours on two cores, stopped and resumed at will
-    python toy.py claims --only gate            # one claim
+    python toy.py claims --only gates           # one claim
     python toy.py claims --table                # what has been measured, as the README shows it
 
 A seed has its own scenes, captions and training. Learning rates and β are tuned on a seed of their own, TUNE. A verdict
