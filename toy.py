@@ -29,7 +29,7 @@ import toy_world as world
 from chunking import open_image
 from common import write_whole
 from loading import InputError
-from toy_steps import CODE, Loop, make_split
+from toy_steps import CODE, Loop, make_split, toy_rows
 
 
 def parse_args(argv):
@@ -158,18 +158,12 @@ def table(results):
 
 
 def read_captions(out, name, way):
-    lines = (out / f"captions/{name}-{way}.jsonl").read_text("utf-8").splitlines()
-    return [{**row, "image": Path(row["image"]).name} for row in map(json.loads, lines)]
-
-
-def read_truth(path):
-    rows = map(json.loads, path.read_text("utf-8").splitlines())
-    return [{**row, "image": Path(row["image"]).name} for row in rows]
+    return toy_rows(out / f"captions/{name}-{way}.jsonl")
 
 
 def gains(out, before, after, truth):
     """How precision, recall and F1 changed from one captioner to another, with 95 % intervals."""
-    rows, parts = read_truth(truth), []
+    rows, parts = toy_rows(truth), []
     for way in ("greedy", "sampled"):
         for name in ("precision", "recall", "f1"):
             change, low, high = scoring.difference(read_captions(out, before, way), read_captions(out, after, way),
@@ -181,7 +175,7 @@ def gains(out, before, after, truth):
 def sheet(out, images, truth, before, after, n=8):
     """sheet.png: the first held-out scenes with captions sampled before and after; wrong statements red, facts that are
     not told grey."""
-    known = {row["image"]: row for row in read_truth(truth)}
+    known = {row["image"]: row for row in toy_rows(truth)}
     said = [{row["image"]: world.statements(row["caption"]) for row in read_captions(out, name, "sampled")}
             for name in (before, after)]
     side, width, line = 192, 960, 20

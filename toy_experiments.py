@@ -17,7 +17,7 @@ from chunking import open_image, views
 from common import write_whole
 from generate import sample
 from model import QwenVL
-from toy_steps import CODE, Loop, make_split
+from toy_steps import CODE, Loop, make_split, toy_rows
 
 TUNE = 100                              # the seed on which learning rates and β are chosen
 LRS = ("1e-3", "2e-3", "4e-3")
@@ -353,12 +353,6 @@ def narrowing(lab):
 
 
 # ---------------------------------------------------------------- small helpers
-def toy_rows(path):
-    """The rows of a JSONL file, their images by file name."""
-    rows = map(json.loads, path.read_text("utf-8").splitlines())
-    return [{**row, "image": Path(row["image"]).name} for row in rows]
-
-
 def all_true(row):
     """The true statements about the image of a truth row: its facts, and what need not be told."""
     return {fact["text"] for fact in row["facts"]}.union(row["also_true"])

@@ -156,7 +156,7 @@ def test_the_loop_leaves_the_figures_of_every_captioner_and_golden_file(whole):
         file = name.replace("round", "round-")
         assert list(found[name]) == ["greedy", "sampled"]
         for way, figures in found[name].items():
-            expected = scoring.score(toy.read_captions(whole.out, file, way), toy.read_truth(whole.out / "truth/held-out.jsonl"))
+            expected = scoring.score(toy.read_captions(whole.out, file, way), toy.toy_rows(whole.out / "truth/held-out.jsonl"))
             assert figures["captions"] == SIZES["--held-out"]
             assert {key: figures[key] for key in KEYS} == pytest.approx({key: expected[key] for key in KEYS}, nan_ok=True)
     for k in (1, 2):
@@ -477,7 +477,7 @@ def test_the_held_out_folder_holds_nothing_but_pictures(whole):
 
 def test_captions_to_learn_from_are_true_and_incomplete(tmp_path):
     folder, truth = make_split(tmp_path, "train", 60, 0, ("captions", "questions"))
-    known = {row["image"]: {fact["text"] for fact in row["facts"]} for row in toy.read_truth(truth)}
+    known = {row["image"]: {fact["text"] for fact in row["facts"]} for row in toy.toy_rows(truth)}
     rows = stages.read_rows(folder / "captions.jsonl")
     assert [row["image"] for row in rows] == sorted(known)
     assert all(set(row) == {"image", "caption"} for row in rows)
@@ -499,7 +499,7 @@ def test_a_drawing_that_was_interrupted_is_done_again(tmp_path, monkeypatch):
         make_split(tmp_path, "train", 3, 0, ("captions",))
     (tmp_path / "data/train/00001.png").write_bytes(b"half")
     folder, truth = make_split(tmp_path, "train", 3, 0, ("captions",))
-    assert len(toy.read_truth(truth)) == 3 and (folder / "00001.png").stat().st_size > 1000
+    assert len(toy.toy_rows(truth)) == 3 and (folder / "00001.png").stat().st_size > 1000
     (folder / "00001.png").unlink()
     make_split(tmp_path, "train", 3, 0, ("captions",))          # what is there is not drawn again
     assert not (folder / "00001.png").exists()
@@ -531,7 +531,7 @@ def judged(tmp_path):
     """Six held-out scenes with captions of two captioners, the second better at being complete, worse at being true."""
     images, truth = make_split(tmp_path, "held-out", 6, 0, ())
     (tmp_path / "captions").mkdir()
-    rows = toy.read_truth(truth)
+    rows = toy.toy_rows(truth)
     for way in ("greedy", "sampled"):
         for name, most, wrong in (("sft", 2, ()), ("round-1", 4 if way == "greedy" else 3, ("top-left pink cow",))):
             said = [{"image": str(images / row["image"]), "finish": "eos", "tokens": 9,
@@ -546,7 +546,7 @@ def test_what_a_round_gained_is_evaluate_py_s_difference(judged):
     text = toy.gains(judged.out, "sft", "round-1", judged.truth)
     parts = re.findall(r"(greedy|sampled) (P|R|F1) ([+-]\S+) \[([+-]\S+), ([+-][.\d]+)\]", text)
     assert [part[:2] for part in parts] == [(way, name) for way in ("greedy", "sampled") for name in ("P", "R", "F1")]
-    truth = toy.read_truth(judged.truth)
+    truth = toy.toy_rows(judged.truth)
     for way, name, *numbers in parts:
         key = {"P": "precision", "R": "recall", "F1": "f1"}[name]
         before, after = (toy.read_captions(judged.out, which, way) for which in ("sft", "round-1"))
@@ -583,7 +583,7 @@ def test_the_sheet_shows_the_pictures_in_order_and_what_is_missing_in_grey(judge
         toy.sheet(judged.out, judged.images, judged.truth, name, name, n=6)
         pixels = np.asarray(Image.open(judged.out / "sheet.png"))[:, 216:]
         return int((pixels == 0x99).all(-1).sum())
-    rows = toy.read_truth(judged.truth)
+    rows = toy.toy_rows(judged.truth)
     stages.write_rows(judged.out / "captions/full-sampled.jsonl", [{"image": row["image"], "caption": ", ".join(
         fact["text"] for fact in row["facts"])} for row in rows])
     assert grey("sft") > 3 * grey("full")           # of which only the labels have some
