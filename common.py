@@ -257,7 +257,10 @@ def load_checkpoint(out, run, optimizer):
 
 
 class Log:
-    """out/log.jsonl, one object per step; opened after a resume, it forgets what came after that step."""
+    """out/log.jsonl, one object per step; opened after a resume, it forgets what came after that step.
+
+    JSON has no NaN and no infinity: the figures of a step that was skipped for them are null.
+    """
 
     def __init__(self, out, step, ranks):
         self.path, self.ranks = Path(out) / "log.jsonl", ranks
@@ -270,7 +273,9 @@ class Log:
     def write(self, row):
         if self.ranks.is_master:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                          for name, value in row.items()}
+                file.write(json.dumps(finite, allow_nan=False) + "\n")
 
 
 class Stop:

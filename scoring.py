@@ -225,14 +225,16 @@ def gate(rows, truth):
 def score_golden(rows, truth, bootstrap=0, seed=0):
     """Golden rows -> {"sample", "combined", "golden": their scores, "gate": see there}.
 
-    Rows without a golden caption (left out, or failed) count as the golden ones' "left_out" only.
+    The golden ones are those of all images that did not fail, also where the caption is nothing (what was left of it
+    was too little) or nothing to learn from; "left_out" counts the rows that golden.jsonl does without.
     """
     kept = [row for row in rows if row.get("chosen") is not None and "left_out" not in row]
     captions = {
         "sample": [{**sample, "image": row["image"]} for row in rows for sample in row.get("samples") or []],
         "combined": [{"image": row["image"], "caption": row["combined"]} for row in rows
                      if row.get("combined") is not None],
-        "golden": [{"image": row["image"], "caption": row["chosen"], "finish": "eos"} for row in kept]}
+        "golden": [{"image": row["image"], "caption": row.get("chosen") or "", "finish": "eos"} for row in rows
+                   if row.get("chosen") is not None or "left_out" in row]}
     found = {name: score(said, truth, bootstrap, seed) for name, said in captions.items()}
     found["golden"]["left_out"] = len(rows) - len(kept)
     return {**found, "gate": gate(rows, truth)}

@@ -76,14 +76,21 @@ PLACES = ("background", "top-left", "top", "top-right", "left", "right", "bottom
           "center", "centre", "foreground")
 
 
+# After these a place is part of what is said: "left hand on the right knee".
+LINKS = {"the", "a", "an", "its", "his", "her", "of", "on", "in", "at", "to", "from", "by", "near", "with", "and"}
+
+
 def parted(caption):
-    """The statements of a caption, parted also where a comma was forgotten: a place begins a statement. A place alone
-    says nothing."""
+    """The statements of a caption, parted also where a comma was forgotten: where one begins with a place, the next
+    place begins another ("top-left red circle top-right stripes", but not "woman on the left"). A place alone says
+    nothing."""
     for text in statements(caption):
         words = text.split()
-        starts = [k for k, word in enumerate(words) if k == 0 or word.casefold() in PLACES]
+        folded = [word.casefold() for word in words]
+        starts = [k for k, word in enumerate(folded) if k == 0 or (
+            folded[0] in PLACES and word in PLACES and folded[k - 1] not in LINKS)]
         for k, end in zip(starts, [*starts[1:], len(words)]):
-            if end - k > 1 or words[k].casefold() not in PLACES:
+            if end - k > 1 or folded[k] not in PLACES:
                 yield " ".join(words[k:end])
 
 

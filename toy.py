@@ -36,7 +36,7 @@ def parse_args(argv):
     plain = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=plain)
     parser.add_argument("--out", type=Path, default=Path("out/toy"), help="folder to write, and to go on from")
-    parser.add_argument("--base", default=os.path.relpath(CODE / "assets/toy"), help="folder of the toy base")
+    parser.add_argument("--base", type=Path, default=Path(os.path.relpath(CODE / "assets/toy")), help="the toy base")
     parser.add_argument("--rounds", type=int, default=2, help="rounds of QA adapter, golden samples and DPO")
     parser.add_argument("--captions", type=int, default=3000, help="scenes with a caption, for SFT, and questions")
     parser.add_argument("--images", type=int, default=8000, help="unlabelled scenes per round")
@@ -65,6 +65,8 @@ def parse_args(argv):
     p.add_argument("--n", type=int, default=100, help="scenes")
     p.add_argument("--seed", type=int, default=0, help="of the scenes")
     args = parser.parse_args(argv)
+    if args.command and argv[0] != args.command:
+        parser.error(f"{argv[0]}: flags of {args.command} stand after it")
     for name in ("rounds", "captions", "images", "held_out", "samples", "processes", "steps", "batch", "questions",
                  "save_every", "scenes", "n"):
         if getattr(args, name, 1) < 1:
@@ -73,14 +75,15 @@ def parse_args(argv):
 
 
 # ---------------------------------------------------------------- the loop
-def check_same(out, args):
-    """InputError where a folder holds a run with other arguments; else remember these."""
-    kept = ("base", "captions", "images", "held_out", "samples", "seed")
+def check_same(out, args, *kept):
+    """InputError where a folder holds a run in which the arguments named in `kept` were others; else remember these."""
     mine, path = {key: str(getattr(args, key)) for key in kept}, out / "arguments.json"
+    if "base" in mine:
+        mine["base"] = os.path.realpath(args.base)
     old = json.loads(path.read_text("utf-8")) if path.is_file() else mine
     for key in kept:
-        if old[key] != mine[key]:
-            raise InputError(f"{out}: holds a run with another --{key.replace('_', '-')} ({old[key]}, now "
+        if old.get(key) != mine[key]:
+            raise InputError(f"{out}: holds a run with another --{key.replace('_', '-')} ({old.get(key)}, now "
                              f"{mine[key]}); delete it or give another --out")
     out.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(mine), "utf-8"))
@@ -89,16 +92,16 @@ def check_same(out, args):
 def loop(args):
     """SFT, then rounds of QA adapter, golden samples and preference training; each captioner judged; the table."""
     out = args.out
-    check_same(out, args)
+    check_same(out, args, "base", "captions", "images", "held_out", "samples", "seed")
     run, seed = Loop(out, args.processes), ("--seed", args.seed)
     run.tell(f"drawing scenes: {args.captions} with captions, {args.images} without for each of {args.rounds} rounds, "
              f"{args.held_out} to judge by")
     train, _ = make_split(out, "train", args.captions, args.seed, ("captions", "questions"))
     held_out, truth = make_split(out, "held-out", args.held_out, args.seed, ())
-    results = {"base": run.judge("base", held_out, truth, "--base", args.base, "--adapters", "none")}
+    results = {"base": run.judge("base", held_out, truth, "--base", args.base, "--adapters", "none", seed=args.seed)}
     captioner = out / "sft"
     run.sft(args.base, train, captioner, *seed)
-    results["sft"] = run.judge("sft", held_out, truth, "--adapters", captioner)
+    results["sft"] = run.judge("sft", held_out, truth, "--adapters", captioner, seed=args.seed)
     for k in range(1, args.rounds + 1):
         images, golden_truth = make_split(out, f"images-{k}", args.images, args.seed, ())
         qa, golden, trained = (out / f"{name}-{k}" for name in ("qa", "golden", "dpo"))
@@ -107,7 +110,7 @@ def loop(args):
         results[f"golden{k}"] = run.judge_golden(f"golden-{k}", golden, golden_truth)
         run.dpo(captioner, golden, trained, *seed)
         captioner = trained
-        results[f"round{k}"] = run.judge(f"round-{k}", held_out, truth, "--adapters", captioner)
+        results[f"round{k}"] = run.judge(f"round-{k}", held_out, truth, "--adapters", captioner, seed=args.seed)
     run.tell("judged")
     finish(args, results, held_out, truth)
 
@@ -201,6 +204,12 @@ def sheet(out, images, truth, before, after, n=8):
 
 
 # ---------------------------------------------------------------- main
+def pretrain(args):
+    """Train the toy base, or go on with it."""
+    check_same(args.out, args, "steps", "batch", "questions", "lr", "adam_lr", "seed")
+    toy_base.pretrain(args)
+
+
 def scenes(args):
     """Draw scenes, and write what is known of them beside."""
     for kind, rows in world.draw_scenes(args.out, [f"scenes {args.seed} {i}" for i in range(args.n)]).items():
@@ -208,8 +217,8 @@ def scenes(args):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    commands = {None: loop, "claims": toy_claims.main, "pretrain": toy_base.pretrain, "report": toy_base.report,
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    commands = {None: loop, "claims": toy_claims.main, "pretrain": pretrain, "report": toy_base.report,
                 "scenes": scenes}
     try:
         commands[args.command](args)

@@ -239,23 +239,29 @@ def question_report(model, scenes, images, seed):
     return shares(dict(sorted(right.items())))
 
 
-def report(args):
-    """Measure a base on unseen scenes; print each figure as [share, of how many], one JSON object a line."""
-    model = QwenVL.from_pretrained(args.base)
-    scenes = [world.make_scene(f"report {args.seed} {i}") for i in range(args.scenes)]
+def measure(model, n, seed):
+    """What a base sees and invents on n unseen scenes -> {views: {figure: {case: [share, of how many]}}}."""
+    scenes = [world.make_scene(f"report {seed} {i}") for i in range(n)]
     side = model.config.visual.image_size
     pixels = torch.stack([views(world.draw(scene), side) for scene in tqdm(scenes, desc="drawing", disable=None)])
-    truths = [world.truth(scene, "") for scene in scenes]
-    print(json.dumps({"base": str(args.base), "scenes": args.scenes, "seed": args.seed}))
+    truths, found = [world.truth(scene, "") for scene in scenes], {}
     for name, images in (("one low-resolution view", pixels[:, :1]), ("six views", pixels)):
         captions = []
         for first in tqdm(range(0, len(images), REPORT_BATCH), desc=f"captions, {name}", disable=None):
             captions += dense_captions(model, images[first:first + REPORT_BATCH])
-        found = {**caption_report(captions, truths), "yes/no": question_report(model, scenes, images, args.seed)}
-        for what, figures in found.items():
-            print(f"{name}, {what}: {json.dumps(figures)}")
-    even = [world.make_scene(f"report even {args.seed} {i}", planted=False) for i in range(args.scenes // 2)]
-    print(f"close-ups, marks at even odds: {json.dumps(close_up_report(model, even))}")
+        found[name] = {**caption_report(captions, truths), "yes/no": question_report(model, scenes, images, seed)}
+    even = [world.make_scene(f"report even {seed} {i}", planted=False) for i in range(n // 2)]
+    found["close-ups"] = {"marks at even odds": close_up_report(model, even)}
+    return found
+
+
+def report(args):
+    """Print what measure finds, a JSON object a line."""
+    found = measure(QwenVL.from_pretrained(args.base), args.scenes, args.seed)
+    print(json.dumps({"base": str(args.base), "scenes": args.scenes, "seed": args.seed}))
+    for name, figures in found.items():
+        for what, shares_of in figures.items():
+            print(f"{name}, {what}: {json.dumps(shares_of)}")
 
 
 def own_tasks(model, seed, n=200):

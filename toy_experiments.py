@@ -2,6 +2,7 @@
 
 An experiment is a function, lab -> {arm: {metric: number}}. What was trained for one is found again by the next.
 """
+import functools
 import json
 import shutil
 import statistics
@@ -20,7 +21,7 @@ from model import QwenVL
 from toy_steps import CODE, Loop, make_split, toy_rows
 
 TUNE = 100                              # the seed on which learning rates and β are chosen
-LRS = ("1e-3", "2e-3", "4e-3")
+LRS = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")
 BETAS = {"dpo": (".02", ".1", ".5"), "hinge": (".02", ".1", ".5"), "ipo": (".1", ".5", "2"), "kto": (".02", ".1", ".5")}
 ARMS = {"CE only": ("--loss", "none"), "DPO only": ("--ce", "0"), "DPO + CE/2": ("--ce", ".5"), "DPO + CE": (),
         "DPO + 2 CE": ("--ce", "2"), "SFT first, then DPO": ("--ce", "0", "--sft-first")}
@@ -59,6 +60,11 @@ class Lab(Loop):
         self.sft(self.base, self.train(), self.out / name, *self.flags, *more, makes=makes)
         return self.out / name
 
+    def tuned(self, name, tune, lr):
+        """SFT in another way than with adapters, or at another learning rate."""
+        return self.sft_model(name, "--tune", tune, "--lr", lr,
+                              makes="model.safetensors" if tune == "full" else "adapters.json")
+
     def qa_of(self, captioner, *more):
         qa = self.out / f"qa-of-{captioner.name}{''.join(more)}"
         self.qa(captioner, self.train(), qa, *self.flags, *more)
@@ -74,10 +80,14 @@ class Lab(Loop):
         self.dpo(captioner, golden, self.out / name, *self.flags, "--watch", 0, *more)
         return self.out / name
 
-    def judged(self, name, folder=None, ways=("greedy", "sampled")):
-        """{"greedy f1": …, "sampled f1": …, …} of an adapter folder on the held-out scenes."""
+    def judged(self, name):
+        """{"greedy f1": …, "sampled f1": …, …} of a captioner's folder, adapters or whole weights, on the held-out
+        scenes."""
         images, truth = self.split("held-out", HELD_OUT)
-        found = self.judge(name, images, truth, "--adapters", folder or self.out / name, ways=ways, seed=self.seed)
+        folder = self.out / name
+        whole = (folder / "model.safetensors").is_file()
+        found = self.judge(name, images, truth, *(("--base", folder, "--adapters", "none") if whole else
+                                                  ("--adapters", folder)), seed=self.seed)
         return {f"{way} {key}": value for way, figures in found.items() for key, value in short(figures).items()}
 
 
@@ -93,15 +103,10 @@ def both_f1(figures):
 # ---------------------------------------------------------------- the claims, each (lab) -> {arm: {metric: number}}
 def planted(lab):
     """What the base says of the mark at one low resolution, where nobody can see it, and with six views."""
-    printed = lab.out / "report.txt"
-    lab.run(printed, "toy.py", "report", "--base", lab.base, "--scenes", 300, *lab.flags, stdout=printed, stage=False)
-    found = {}
-    for line in printed.read_text("utf-8").splitlines():
-        head, _, tail = line.partition(": ")
-        if head.endswith("mark invented on"):
-            found[head.split(",")[0]] = {group: share for group, (share, _) in json.loads(tail).items()}
-    found["true rate"] = dict(world.MARK_RATE)
-    return found
+    measured = toy_base.measure(load(lab), 300, lab.seed)
+    found = {name: {group: share for group, (share, _) in figures["mark invented on"].items()}
+             for name, figures in measured.items() if "mark invented on" in figures}
+    return {**found, "true rate": dict(world.MARK_RATE)}
 
 
 LAYOUTS = {"1 view": "BOXES[:1]", "5 views": "BOXES[:5]", "6 views": "BOXES",
@@ -145,13 +150,17 @@ def direct(lab):
     scenes = [world.make_scene(f"direct {lab.seed} {i}") for i in range(HELD_OUT)]
     side = model.config.visual.image_size
     asked = toy_base.question_report(model, scenes, [views(world.draw(scene), side) for scene in scenes], lab.seed)
-    kinds = {"object": ("object", "wrong color", "wrong shape", "wrong place"), "mark": ("mark", "wrong mark"),
-             "background": ("background", "wrong background")}
-    found = {}
-    for kind, parts in kinds.items():
-        right, n = (sum(asked[part][0] ** (k == 0) * asked[part][1] for part in parts) for k in range(2))
-        found[kind] = {"question": right / n, "statement": scores["sample"]["categories"][kind]["precision"]}
-    return found
+    told = {kind: (figures["precision"], figures["n"]) for kind, figures in scores["sample"]["categories"].items()}
+
+    def share(of):          # [(share, of how many)] taken together
+        return sum(right * n for right, n in of) / sum(n for _, n in of)
+    kinds = {"object": (("object", "center", "wrong color", "wrong shape", "wrong place"), ("object", "center")),
+             "mark": (("mark", "wrong mark"), ("mark",)),
+             "background": (("background", "wrong background"), ("background",))}
+    kinds["all"] = tuple(sum(parts, ()) for parts in zip(*kinds.values()))
+    return {kind: {"question": share([asked[part] for part in questions]),
+                   "statement": share([told[part] for part in statements])}
+            for kind, (questions, statements) in kinds.items()}
 
 
 GATES = {"gate, calibrated": (), "gate at .5": ("--threshold", ".5"),
@@ -172,30 +181,47 @@ def gates(lab):
     return found
 
 
-def best_lr(out, arm):
-    """The learning rate of an arm with the best F1, greedy + sampled, on the tuning seed."""
+def climb(f1):
+    """The learning rate of LRS with the best f1(rate): the middle three are tried first, then what is next to the best,
+    until both its neighbours are tried."""
+    f1 = functools.cache(f1)
+    best, tried = len(LRS) // 2, set()
+    while not tried >= (around := {k for k in (best - 1, best, best + 1) if 0 <= k < len(LRS)}):
+        tried |= around
+        best = max(sorted(tried), key=lambda k: f1(LRS[k]))
+    return LRS[best]
+
+
+def best_lr(out, arm, flags=None):
+    """The learning rate with the best F1, greedy + sampled, on the tuning seed, of an arm, by default with its flags of
+    ARMS."""
     lab = Lab(out, TUNE)
     sft = lab.sft_model()
     golden, _ = lab.golden_of(sft, "golden")
 
     def f1(lr):
         name = f"{slug(arm)}-lr{lr}"
-        lab.trained(name, sft, golden, *ARMS[arm], "--lr", lr)
+        lab.trained(name, sft, golden, *(ARMS[arm] if flags is None else flags), "--lr", lr)
         return both_f1(lab.judged(name))
-    return max(LRS, key=f1)
+    return climb(f1)
 
 
 def best_beta(out, loss):
-    """The β of a loss alone with the best F1 on the tuning seed, at the learning rate that suits DPO alone."""
+    """The flags of a preference loss alone with the best F1 on the tuning seed: β at the learning rate that suits DPO
+    alone, then the learning rate at that β."""
     lab, lr = Lab(out, TUNE), best_lr(out, "DPO only")
     sft = lab.sft_model()
     golden, _ = lab.golden_of(sft, "golden")
 
+    def flags(beta):
+        return "--loss", loss, "--beta", beta, "--ce", 0
+
     def f1(beta):
         name = f"{loss}-beta{beta}"
-        lab.trained(name, sft, golden, "--loss", loss, "--beta", beta, "--ce", 0, "--lr", lr)
+        lab.trained(name, sft, golden, *flags(beta), "--lr", lr)
         return both_f1(lab.judged(name))
-    return max(BETAS[loss], key=f1), lr
+    beta = max(BETAS[loss], key=f1)
+    return *flags(beta), "--lr", best_lr(out, f"{loss} at {beta}", flags(beta))
 
 
 def training(lab):
@@ -216,9 +242,9 @@ def lottery(lab):
     golden, _ = lab.golden_of(sft, "golden")
     found = {"SFT": lab.judged("sft")}
     for loss in BETAS:
-        beta, lr = best_beta(lab.out.parent, loss)
-        lab.trained(f"{loss}-alone", sft, golden, "--loss", loss, "--beta", beta, "--ce", 0, "--lr", lr)
-        found[f"{loss} alone"] = {**lab.judged(f"{loss}-alone"), "beta": float(beta)}
+        flags = best_beta(lab.out.parent, loss)
+        lab.trained(f"{loss}-alone", sft, golden, *flags)
+        found[f"{loss} alone"] = {**lab.judged(f"{loss}-alone"), "beta": float(flags[3]), "lr": float(flags[-1])}
     for arm in ("DPO + CE", "SFT first, then DPO"):
         lab.trained(slug(arm), sft, golden, *ARMS[arm], "--lr", best_lr(lab.out.parent, arm))
         found[arm] = lab.judged(slug(arm))
@@ -231,9 +257,13 @@ def three_rounds(lab, base_name="", *flags):
     found["SFT"] = lab.judged(captioner.name)
     for k in (1, 2, 3):
         name = f"{k}{base_name}{''.join(flags)}"
-        golden, scores = lab.golden_of(captioner, f"golden-round-{name}", *flags, images=f"images-{k}")
-        found[f"golden {k}"] = {f"sampled {key}": scores["golden"][key] for key in KEPT}
-        captioner = lab.trained(f"round-{name}", captioner, golden, "--lr", best_lr(lab.out.parent, "DPO + CE"))
+        golden, trained = ("golden", slug("DPO + CE")) if name == "1" else (f"golden-round-{name}", f"round-{name}")
+        golden, scores = lab.golden_of(captioner, golden, *flags, images=f"images-{k}")
+        rows = toy_rows(golden / "record.jsonl")
+        too_long = sum(row.get("left_out") == "golden longer than the context" for row in rows)
+        found[f"golden {k}"] = {**{f"sampled {key}": scores["golden"][key] for key in KEPT},
+                                "too long": too_long / len(rows)}
+        captioner = lab.trained(trained, captioner, golden, "--lr", best_lr(lab.out.parent, "DPO + CE"))
         found[f"round {k}"] = lab.judged(captioner.name)
     return found
 
@@ -245,7 +275,7 @@ def rounds(lab):
 
 
 def context(lab):
-    """Three rounds in a context in which golden captions hardly fit, and in one with room."""
+    """Three rounds in a context into which a fifth of the golden captions do not fit, and in one with room."""
     base = lab.out / "short-base"
     if not (base / "config.json").is_file():
         shutil.copytree(lab.base, base, ignore=shutil.ignore_patterns("examples"), dirs_exist_ok=True)
@@ -257,7 +287,7 @@ def context(lab):
     return {**found, **{f"{name}, long": figures for name, figures in three_rounds(lab).items()}}
 
 
-SHORT = 64              # tokens: 36 of the views, 6 of the prompt, and 22 for a caption; golden ones have 26 on average
+SHORT = 72              # tokens: 36 of the views, 6 of the prompt, and 30 for a caption; golden ones have 26 on average
 HEATS = (0, .5, .75, 1, 1.25, 1.5)
 
 
@@ -282,38 +312,55 @@ def temperature(lab):
     return found
 
 
+def in_order(caption):
+    """A caption's statements, once each, in the order in which golden captions have them."""
+    places = ["background", *world.PLACES, "center"]
+
+    def place(text):
+        about = text.split()[0]
+        return places.index(about) if about in places else len(places), -len(text.split())
+    return ", ".join(sorted(dict.fromkeys(world.statements(caption)), key=place))
+
+
 def order(lab):
     """Does order explain the gain? SFT on ordered captions; CE on the model's own single samples, put in order."""
     sft, train = lab.sft_model(), lab.train()
-    ordered = train / "ordered.jsonl"
-    places = ["background", *world.PLACES, "center"]
-    if not ordered.is_file():
-        rows = [{**row, "caption": ", ".join(sorted(world.statements(row["caption"]), key=lambda text: (
-            places.index(text.split()[0]), -len(text.split()))))} for row in toy_rows(train / "captions.jsonl")]
-        world.write_rows(ordered, rows, train)
-    lab.sft_model("sft-ordered", "--data", ordered)
-    own, _ = lab.golden_of(sft, "golden-own", "--samples", 1, "--threshold", 0)
+    ordered = [{**row, "caption": in_order(row["caption"])} for row in toy_rows(train / "captions.jsonl")]
+    world.write_rows(train / "ordered.jsonl", ordered, train)
+    lab.sft_model("sft-ordered", "--data", train / "ordered.jsonl")
     golden, _ = lab.golden_of(sft, "golden")
-    lr = ("--loss", "none", "--lr", best_lr(lab.out.parent, "CE only"))
-    lab.trained("ce-own-ordered", sft, own, *lr)
+    samples = [(row["image"], row["samples"][0]) for row in toy_rows(golden / "record.jsonl")]      # of each image one
+    own = [{"image": image, "chosen": in_order(sample["caption"]), "rejected": [sample]} for image, sample in samples
+           if world.statements(sample["caption"])]
+    world.write_rows(lab.out / "own/golden.jsonl", own, lab.out / "data/images-1")
+    lr = ("--loss", "none", "--lr", best_lr(lab.out.parent, "CE only"))         # so nothing is learned from "rejected"
+    lab.trained("ce-own-ordered", sft, lab.out / "own", *lr)
     lab.trained(slug("CE only"), sft, golden, *lr)
     return {"SFT": lab.judged("sft"), "SFT, ordered captions": lab.judged("sft-ordered"),
             "CE on own samples, ordered": lab.judged("ce-own-ordered"), "CE on golden": lab.judged(slug("CE only"))}
 
 
+def best_sft_lr(out, tune):
+    """The learning rate of SFT in a way with the best F1, greedy + sampled, on the tuning seed."""
+    lab = Lab(out, TUNE)
+
+    def f1(lr):
+        lab.tuned(f"sft-{tune}-lr{lr}", tune, lr)
+        return both_f1(lab.judged(f"sft-{tune}-lr{lr}"))
+    return climb(f1)
+
+
 def forgetting(lab):
-    """What is left of the base's own tasks after SFT in each way: dense captions and questions of six views, and, out
-    of the training's distribution, the marks of close-ups. "off" switches the adapters off again."""
+    """What is left of the base's own tasks after SFT in each way, each at its own learning rate: dense captions and
+    questions of six views, and, out of the training's distribution, the marks of close-ups. "off" switches the adapters
+    off again."""
     found = {"base": toy_base.own_tasks(load(lab), lab.seed)}
     for tune in ("adapters", "lora", "prompt", "full"):
-        name = "sft" if tune == "adapters" else f"sft-{tune}"
-        folder = lab.sft_model(name, "--tune", tune, makes="model.safetensors" if tune == "full" else "adapters.json")
+        lr = best_sft_lr(lab.out.parent, tune)
+        folder = lab.tuned(f"sft-{tune}", tune, lr)
         model = QwenVL.from_pretrained(folder) if tune == "full" else load(lab, folder)
-        found[tune] = toy_base.own_tasks(model, lab.seed)
-        images, truth = lab.split("held-out", HELD_OUT)
-        chosen = ("--base", folder, "--adapters", "none") if tune == "full" else ("--adapters", folder)
-        scores = lab.judge(name, images, truth, *chosen, seed=lab.seed)
-        found[tune]["caption f1"] = scores["greedy"]["f1"]
+        found[tune] = {**toy_base.own_tasks(model, lab.seed), "lr": float(lr),
+                       "caption f1": lab.judged(folder.name)["greedy f1"]}
         if tune == "adapters":
             with adapters.active(model, []):
                 found["adapters, off"] = toy_base.own_tasks(model, lab.seed)
@@ -342,7 +389,7 @@ def narrowing(lab):
             for row in truth:
                 pixels = views(open_image(images / row["image"]), model.config.visual.image_size)
                 with torch.no_grad():
-                    vectors.append(model.transformer.visual(pixels)[0].flatten())
+                    vectors.append(model.transformer.visual(pixels).flatten())
                 caption = sample(model, pixels[None], [row["image"]], temperature=0.0)[0][0]
                 rows.append({**caption, "image": row["image"]})
         vectors = torch.nn.functional.normalize(torch.stack(vectors), dim=-1)

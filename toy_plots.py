@@ -26,7 +26,7 @@ def values(found, arm, key):
 
 def line(axes, found, arms, xs, key, **style):
     """Mean over the seeds against x, with the seeds' range."""
-    columns = [values(found, arm, key) for arm in arms]
+    xs, columns = zip(*((x, values(found, arm, key)) for x, arm in zip(xs, arms) if values(found, arm, key)))
     ends = [[statistics.fmean(c) - min(c) for c in columns], [max(c) - statistics.fmean(c) for c in columns]]
     axes.errorbar(xs, [statistics.fmean(c) for c in columns], yerr=ends, capsize=3, marker="o", **style)
 
@@ -34,8 +34,8 @@ def line(axes, found, arms, xs, key, **style):
 def dots(axes, found, arms, series):
     """For each arm a row, with a dot for each seed; series: {label: (metric, colour, marker)}."""
     for label, (key, color, marker) in series.items():
-        xs, ys = zip(*((x, len(arms) - 1 - k) for k, arm in enumerate(arms) for x in values(found, arm, key)))
-        axes.scatter(xs, ys, color=color, marker=marker, label=label, alpha=0.8)
+        points = [(x, len(arms) - 1 - k) for k, arm in enumerate(arms) for x in values(found, arm, key)]
+        axes.scatter([x for x, _ in points], [y for _, y in points], color=color, marker=marker, label=label, alpha=0.8)
     axes.set_yticks(range(len(arms)), arms[::-1])
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=8)

@@ -32,15 +32,22 @@ class Loop:
     def run(self, makes, script, *arguments, stdout=None, stage=True):
         """Run a script unless `makes`, the file that it gives its name only when whole, is there.
 
-        stdout: a file for what it prints. stage: it may run under torchrun.
+        stdout: a file for what it prints. stage: it may run under torchrun. out/commands.jsonl remembers what made
+        what: InputError where `makes` is of another command.
         """
-        path = os.path.relpath(CODE / script)
+        path, record = os.path.relpath(CODE / script), self.out / "commands.jsonl"
+        mine = {"makes": str(makes.resolve()), "command": [Path(script).name, *(
+            str(argument.resolve() if isinstance(argument, Path) else argument) for argument in arguments)]}
         ranks = ("--nproc_per_node", str(self.processes)) if stage and self.processes > 1 else ()
         arguments = [str(argument) for argument in arguments]
         shown = shlex.join([*(("torchrun", *ranks) if ranks else ("python",)), path, *arguments])
         to = f" > {shlex.quote(str(stdout))}" if stdout else ""
         self.tell(f"{'done: ' if makes.exists() else '$ '}{shown}{to}")
         if makes.exists():
+            made = {row["makes"]: row for row in map(json.loads, record.open())} if record.is_file() else {}
+            if made.get(mine["makes"], mine) != mine:
+                raise InputError(f"{makes}: was made by another command, {shlex.join(made[mine['makes']]['command'])}; "
+                                 "delete it, and what was made from it, or give another --out")
             return
         command = [sys.executable, *(("-m", "torch.distributed.run", *ranks) if ranks else ()), path, *arguments]
         if stdout:
@@ -55,6 +62,8 @@ class Loop:
         if code or not makes.exists():
             where = f"in {self.log}" if self.log else "above"
             raise InputError(f"{script} ended with {code}; mend what it says {where} and run the same command again")
+        with record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(mine) + "\n")
 
     # ---- the steps of the method
     def sft(self, base, data, out, *more, makes="adapters.json"):

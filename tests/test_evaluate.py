@@ -319,11 +319,11 @@ GOLDEN = [
 def test_golden_rows_by_hand():
     found = evaluate.score_golden(GOLDEN, TRUTH, bootstrap=20)
     sample, combined, golden = (found[name] for name in ("sample", "combined", "golden"))
-    assert (sample["captions"], combined["captions"], golden["captions"], golden["left_out"]) == (3, 3, 1, 3)
-    assert (sample["precision"], combined["precision"], golden["precision"]) == (0.5, pytest.approx(2 / 5), 1)
-    assert sample["recall"] == pytest.approx((1 + 1) / (4 + 4 + 3 + 1)) and golden["recall"] == (1 + 1) / (4 + 1)
+    assert (sample["captions"], combined["captions"], golden["captions"], golden["left_out"]) == (3, 3, 3, 3)
+    assert (sample["precision"], combined["precision"], golden["precision"]) == pytest.approx((0.5, 2 / 5, 2 / 3))
+    assert sample["recall"] == pytest.approx((1 + 1) / (4 + 4 + 3 + 1)) and golden["recall"] == (1 + 1) / (4 + 1 + 3 + 3)
     assert (sample["eos"], golden["eos"]) == (pytest.approx(1 / 3), 1) and math.isnan(combined["eos"])
-    assert sample["repeat"] == pytest.approx(1 / 3) and golden["length"] == 2
+    assert sample["repeat"] == pytest.approx(1 / 3) and golden["length"] == (2 + 0 + 1) / 3
     assert "precision" in sample["intervals"]
     # P(yes) .9 and .6 of the true ones against .6 and .7; votes 2 and 1 against 1 and 2
     assert found["gate"] == {"n": 4, "base_rate": 0.5, "precision": 1, "recall": 1,
@@ -503,7 +503,7 @@ def test_a_golden_file(files, tmp_path, capsys):
     assert run(path, files[1], "--bootstrap", 10, "--json", out) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["sample", "combined", "golden"]
-    assert [cell.split()[0] for cell in lines[1].split("precision")[1].split("]")[:3]] == ["0.500", "0.400", "1.000"]
+    assert [cell.split()[0] for cell in lines[1].split("precision")[1].split("]")[:3]] == ["0.500", "0.400", "0.667"]
     assert next(line for line in lines if line.startswith("left_out")).split() == ["left_out", "-", "-", "3"]
     assert lines[-1] == "gate: n 4, base_rate 0.500, precision 1.000, recall 1.000, auroc 0.625, votes_auroc 0.500"
     stored = json.loads(out.read_text())

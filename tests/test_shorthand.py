@@ -133,7 +133,11 @@ def test_nothing_in_is_unreadable(rule, item):
     (["center background black, top-left red ring background"], ["background black", "top-left red ring"]),
     (["top top-right purple triangle"], ["top-right purple triangle"]),
     (["top-left red, top-left stripes", "top-left red ring"], ["top-left red ring", "top-left stripes"]),
-    (["top-left red"], ["top-left red"]), (["dog", "dog brown"], ["dog brown"]), (["Center"], [])])
+    (["top-left red"], ["top-left red"]), (["dog", "dog brown"], ["dog brown"]), (["Center"], []),
+    (["woman on the left, tree in background, dog right of the bench"],
+     ["dog right of the bench", "tree in background", "woman on the left"]),
+    (["left hand on the right knee"], ["left hand on the right knee"]),
+    (["foreground of Left and right"], ["foreground of Left and right"])])
 def test_combining_parts_what_runs_together_and_drops_what_says_nothing(captions, expected):
     assert [row["text"] for row in combine_rule(captions)] == expected
 

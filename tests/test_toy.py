@@ -170,6 +170,17 @@ def test_pretraining_writes_the_released_layout_and_goes_on_where_it_stopped(tmp
     assert model.config.visual.image_size == 32 and len((tmp_path / "whole/log.jsonl").read_text().splitlines()) == 6
 
 
+@pytest.mark.parametrize("flag, value", [("--steps", "8"), ("--lr", "0.5"), ("--seed", "1")])
+def test_pretraining_does_not_go_on_with_other_arguments(tmp_path, capsys, flag, value):
+    arguments = ["pretrain", "--steps", "1", "--batch", "1", "--out", str(tmp_path)]
+    assert toy.main(arguments) == 0
+    before, _ = (tmp_path / "model.safetensors").read_bytes(), capsys.readouterr()
+    assert toy.main([*arguments, flag, value]) == 1
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1 and f"another {flag} " in errors and f"now {value})" in errors
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
 def test_a_packed_training_row_asks_for_what_follows_each_prompt(tmp_path):
     world.write_vocabulary(tmp_path / "qwen.tiktoken")
     model = toy_base.fresh_model(Tokenizer(tmp_path), 0)

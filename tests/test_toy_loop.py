@@ -191,8 +191,8 @@ def test_the_seed_reaches_the_scenes_and_every_stage_that_trains_or_samples(whol
     assert argv[argv.index("--seed") + 1] == "5"
     assert (tmp_path / "toy/truth/held-out.jsonl").read_bytes() != (whole.out / "truth/held-out.jsonl").read_bytes()
     seeds = [argv[argv.index("--seed") + 1] for script, argv in whole.here.commands
-             if script in ("sft.py", "qa_adapter.py", "golden.py", "dpo.py")]
-    assert seeds == ["0"] * 7
+             if script != "evaluate.py"]
+    assert seeds == ["0"] * (7 + 2 * 4)
 
 
 def test_the_printed_table_has_a_row_for_every_captioner_and_its_figures(whole):
@@ -347,6 +347,18 @@ def test_a_stage_whose_output_is_gone_is_the_only_one_that_runs_again(whole, cop
         assert (copied / name).read_bytes() == (whole.out / name).read_bytes()
 
 
+def test_what_another_command_made_is_not_taken_for_this_one_s(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_steps, "run_command", lambda command, *_: (tmp_path / "made").touch() or 0)
+    steps = Loop(tmp_path)
+    steps.run(tmp_path / "made", "sft.py", "--lr", "1e-3")
+    steps.run(tmp_path / "made", "sft.py", "--lr", "1e-3")
+    with pytest.raises(InputError, match=r"made: was made by another command, sft.py --lr 1e-3; delete it"):
+        steps.run(tmp_path / "made", "sft.py", "--lr", "2e-3")
+    (tmp_path / "made").unlink()
+    steps.run(tmp_path / "made", "sft.py", "--lr", "2e-3")
+    steps.run(tmp_path / "made", "sft.py", "--lr", "2e-3")
+
+
 def second_round_gone(out):
     drop(out, "qa-2", "golden-2", "dpo-2", "captions/round-2-*", "scores/round-2-*", "scores/golden-2*", "results.json")
 
@@ -403,7 +415,8 @@ def test_a_run_with_other_arguments_in_the_folder_is_refused_by_name(copied, fla
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
     run = run_toy(copied, flag, value)
     assert run.code == 1 and run.scripts == [] and run.errors.count("\n") == 1
-    assert run.errors.startswith("toy.py: ") and f"another {flag} " in run.errors and f"now {value})" in run.errors
+    shown = os.path.realpath(value) if flag == "--base" else value
+    assert run.errors.startswith("toy.py: ") and f"another {flag} " in run.errors and f"now {shown})" in run.errors
     assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
 
 
@@ -422,6 +435,13 @@ def test_a_size_below_one_is_refused(capsys, name):
     with pytest.raises(SystemExit) as stop:
         toy.parse_args([f"--{name}", "0"])
     assert stop.value.code == 2 and f"--{name} must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--seed", "5", "report"], ["--out", "mine", "claims", "--table"]])
+def test_flags_before_a_command_are_refused_where_they_would_mean_nothing(capsys, argv):
+    with pytest.raises(SystemExit) as stop:
+        toy.parse_args(argv)
+    assert stop.value.code == 2 and f"flags of {argv[2]} stand after it" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- who may see the truth
