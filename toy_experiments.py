@@ -22,7 +22,8 @@ from toy_steps import CODE, Loop, make_split, toy_rows
 
 TUNE = 100                              # the seed on which learning rates and β are chosen
 LRS = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")
-BETAS = {"dpo": (".02", ".1", ".5"), "hinge": (".02", ".1", ".5"), "ipo": (".1", ".5", "2"), "kto": (".02", ".1", ".5")}
+BETAS = {**dict.fromkeys(("dpo", "hinge", "kto"), (".004", ".02", ".1", ".5", "2.5")),
+         "ipo": (".1", ".5", "2", "8", "32")}
 ARMS = {"CE only": ("--loss", "none"), "DPO only": ("--ce", "0"), "DPO + CE/2": ("--ce", ".5"), "DPO + CE": (),
         "DPO + 2 CE": ("--ce", "2"), "SFT first, then DPO": ("--ce", "0", "--sft-first")}
 CAPTIONS, IMAGES, HELD_OUT = 2000, 3000, 300        # scenes per seed
@@ -181,15 +182,15 @@ def gates(lab):
     return found
 
 
-def climb(f1):
-    """The learning rate of LRS with the best f1(rate): the middle three are tried first, then what is next to the best,
-    until both its neighbours are tried."""
+def climb(values, f1):
+    """The one of the ascending values with the best f1(value): the middle three are tried first, then what is next to
+    the best, until both its neighbours are tried."""
     f1 = functools.cache(f1)
-    best, tried = len(LRS) // 2, set()
-    while not tried >= (around := {k for k in (best - 1, best, best + 1) if 0 <= k < len(LRS)}):
+    best, tried = len(values) // 2, set()
+    while not tried >= (around := {k for k in (best - 1, best, best + 1) if 0 <= k < len(values)}):
         tried |= around
-        best = max(sorted(tried), key=lambda k: f1(LRS[k]))
-    return LRS[best]
+        best = max(sorted(tried), key=lambda k: f1(values[k]))
+    return values[best]
 
 
 def best_lr(out, arm, flags=None):
@@ -203,7 +204,7 @@ def best_lr(out, arm, flags=None):
         name = f"{slug(arm)}-lr{lr}"
         lab.trained(name, sft, golden, *(ARMS[arm] if flags is None else flags), "--lr", lr)
         return both_f1(lab.judged(name))
-    return climb(f1)
+    return climb(LRS, f1)
 
 
 def best_beta(out, loss):
@@ -220,7 +221,7 @@ def best_beta(out, loss):
         name = f"{loss}-beta{beta}"
         lab.trained(name, sft, golden, *flags(beta), "--lr", lr)
         return both_f1(lab.judged(name))
-    beta = max(BETAS[loss], key=f1)
+    beta = climb(BETAS[loss], f1)
     return *flags(beta), "--lr", best_lr(out, f"{loss} at {beta}", flags(beta))
 
 
@@ -347,7 +348,7 @@ def best_sft_lr(out, tune):
     def f1(lr):
         lab.tuned(f"sft-{tune}-lr{lr}", tune, lr)
         return both_f1(lab.judged(f"sft-{tune}-lr{lr}"))
-    return climb(f1)
+    return climb(LRS, f1)
 
 
 def forgetting(lab):
