@@ -21,7 +21,7 @@ from model import QwenVL
 from toy_steps import CODE, Loop, make_split, toy_rows
 
 TUNE = 100                              # the seed on which learning rates and β are chosen
-LRS = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2")
+LRS = ("6e-5", "1.2e-4", "2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2", "3.2e-2", "6.4e-2")
 BETAS = {**dict.fromkeys(("dpo", "hinge", "kto"), (".004", ".02", ".1", ".5", "2.5")),
          "ipo": (".1", ".5", "2", "8", "32")}
 ARMS = {"CE only": ("--loss", "none"), "DPO only": ("--ce", "0"), "DPO + CE/2": ("--ce", ".5"), "DPO + CE": (),
