@@ -1,7 +1,7 @@
 """The method on a laptop: the whole loop through the real scripts, in a synthetic world whose truth is known.
 
 READS   assets/toy, a small Qwen-VL that was pre-trained on this world
-WRITES  out/toy: data, a folder per stage, results.json, sheet.png; out/best.txt names the best captioner for caption.py
+WRITES  out/toy: data, a folder per stage, commands.jsonl, results.json, sheet.png; out/best.txt names the best captioner
 
     python toy.py                               # SFT, then two rounds; about a quarter of an hour on two cores
     python toy.py --rounds 3 --processes 2      # three rounds, each stage under torchrun
@@ -29,7 +29,7 @@ import toy_world as world
 from chunking import open_image
 from common import write_whole
 from loading import InputError
-from toy_steps import CODE, Loop, make_split, toy_rows
+from toy_steps import CODE, LATER, Loop, make_split, toy_rows
 
 
 def parse_args(argv):
@@ -108,7 +108,7 @@ def loop(args):
         run.qa(captioner, train, qa, *seed)
         run.golden(captioner, qa, images, golden, "--samples", args.samples, *seed)
         results[f"golden{k}"] = run.judge_golden(f"golden-{k}", golden, golden_truth)
-        run.dpo(captioner, golden, trained, *seed)
+        run.dpo(captioner, golden, trained, *(LATER if k > 1 else ()), *seed)
         captioner = trained
         results[f"round{k}"] = run.judge(f"round-{k}", held_out, truth, "--adapters", captioner, seed=args.seed)
     run.tell("judged")

@@ -15,6 +15,7 @@ CODE = Path(__file__).resolve().parent
 SFT = ("--epochs", "3", "--lr", "2e-3")
 QA = ("--max-steps", "60", "--lr", "1e-3")
 DPO = ("--epochs", "1", "--lr", "2e-3")
+LATER = ("--lr", "5e-4")                # from round two on, when little is left to learn: fewer captions repeat
 BATCH = ("--batch", "32", "--micro-batch", "32")
 
 
@@ -44,7 +45,8 @@ class Loop:
         to = f" > {shlex.quote(str(stdout))}" if stdout else ""
         self.tell(f"{'done: ' if makes.exists() else '$ '}{shown}{to}")
         if makes.exists():
-            made = {row["makes"]: row for row in map(json.loads, record.open())} if record.is_file() else {}
+            rows = record.read_text("utf-8").splitlines() if record.is_file() else []
+            made = {row["makes"]: row for row in map(json.loads, rows)}
             if made.get(mine["makes"], mine) != mine:
                 raise InputError(f"{makes}: was made by another command, {shlex.join(made[mine['makes']]['command'])}; "
                                  "delete it, and what was made from it, or give another --out")
