@@ -1,7 +1,7 @@
 """The method on a laptop: the whole loop through the real scripts, in a synthetic world whose truth is known.
 
 READS   assets/toy, a small Qwen-VL that was pre-trained on this world
-WRITES  out/toy: data, a folder per stage, commands.jsonl, results.json, sheet.png; out/best.txt names the best captioner
+WRITES  out/toy: data, a folder per stage, commands.jsonl, results.json, sheet.png; out/best.txt: the best captioner
 
     python toy.py                               # SFT, then two rounds; about a quarter of an hour on two cores
     python toy.py --rounds 3 --processes 2      # three rounds, each stage under torchrun

@@ -15,7 +15,7 @@ CODE = Path(__file__).resolve().parent
 SFT = ("--epochs", "3", "--lr", "2e-3")
 QA = ("--max-steps", "60", "--lr", "1e-3")
 DPO = ("--epochs", "1", "--lr", "2e-3")
-LATER = ("--lr", "5e-4")                # from round two on, when little is left to learn: fewer captions repeat
+LATER = ("--ce", "4")                   # from round two on, when the pairs that are left are odd: fewer captions repeat
 BATCH = ("--batch", "32", "--micro-batch", "32")
 
 
