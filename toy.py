@@ -3,7 +3,7 @@
 READS   assets/toy, a small Qwen-VL that was pre-trained on this world
 WRITES  out/toy: data, a folder per stage, commands.jsonl, results.json, sheet.png; out/best.txt: the best captioner
 
-    python toy.py                               # SFT, then two rounds; about a quarter of an hour on two cores
+    python toy.py                               # SFT, then two rounds; ten to fifteen minutes on two cores
     python toy.py --rounds 3 --processes 2      # three rounds, each stage under torchrun
     python toy.py claims --only rounds          # test what the source claims, several seeds each (toy_claims.py)
     python toy.py pretrain                      # the base in assets/toy; about an hour on two cores
