@@ -204,6 +204,11 @@ def lineage(init):
 
 
 # ---------------------------------------------------------------- checkpoints, log, signals
+def without_nan(value):
+    """A value that JSON can hold, with None for NaN and infinities, which JSON lacks."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
+
+
 def write_whole(path, write):
     """Make a file by write(temporary path), and give it its name only when it is whole and on disk."""
     temporary = Path(f"{path}.tmp")
@@ -259,7 +264,7 @@ def load_checkpoint(out, run, optimizer):
 class Log:
     """out/log.jsonl, one object per step; opened after a resume, it forgets what came after that step.
 
-    JSON has no NaN and no infinity: the figures of a step that was skipped for them are null.
+    The figures of a step that was skipped since they were not finite are null.
     """
 
     def __init__(self, out, step, ranks):
@@ -273,9 +278,7 @@ class Log:
     def write(self, row):
         if self.ranks.is_master:
             with self.path.open("a", encoding="utf-8") as file:
-                finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value
-                          for name, value in row.items()}
-                file.write(json.dumps(finite, allow_nan=False) + "\n")
+                file.write(json.dumps(without_nan(row)) + "\n")
 
 
 class Stop:

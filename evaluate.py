@@ -247,8 +247,7 @@ def main(argv=None):
         else:
             show({args.captions: found})
         if args.json:
-            text = json.dumps({**found, "arguments": vars(args)})
-            text = json.dumps(json.loads(text, parse_constant=lambda nan: None), indent=1)          # JSON has no NaN
+            text = json.dumps(common.without_nan({**found, "arguments": vars(args)}), indent=1)
             Path(args.json).parent.mkdir(parents=True, exist_ok=True)
             common.write_whole(args.json, lambda path: path.write_text(text + "\n"))
     except InputError as error:

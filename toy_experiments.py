@@ -77,6 +77,11 @@ class Lab(Loop):
         self.golden(captioner, self.qa_of(captioner), folder, self.out / name, "--samples", SAMPLES, *self.flags, *more)
         return self.out / name, self.judge_golden(name, self.out / name, truth)
 
+    def pool(self):
+        """The SFT model, its golden folder, and that one's scores."""
+        sft = self.sft_model()
+        return sft, *self.golden_of(sft, "golden")
+
     def trained(self, name, captioner, golden, *more):
         self.dpo(captioner, golden, self.out / name, *self.flags, "--watch", 0, *more)
         return self.out / name
@@ -145,8 +150,7 @@ def generations(lab):
 def direct(lab):
     """Of each kind: how often the QA model answers a direct question rightly (half are near misses), and how often a
     statement is true that the captioner makes of itself, at temperature 1."""
-    sft = lab.sft_model()
-    _, scores = lab.golden_of(sft, "golden")
+    sft, _, scores = lab.pool()
     model = load(lab, sft, lab.qa_of(sft))
     scenes = [world.make_scene(f"direct {lab.seed} {i}") for i in range(HELD_OUT)]
     side = model.config.visual.image_size
@@ -193,42 +197,33 @@ def climb(values, f1):
     return values[best]
 
 
-def best_lr(out, arm, flags=None):
-    """The learning rate with the best F1, greedy + sampled, on the tuning seed, of an arm, by default with its flags of
-    ARMS."""
+def tuning_f1(out, name, *flags):
+    """F1, greedy + sampled, of preference training on the tuning seed's pool."""
     lab = Lab(out, TUNE)
-    sft = lab.sft_model()
-    golden, _ = lab.golden_of(sft, "golden")
+    sft, golden, _ = lab.pool()
+    lab.trained(name, sft, golden, *flags)
+    return both_f1(lab.judged(name))
 
-    def f1(lr):
-        name = f"{slug(arm)}-lr{lr}"
-        lab.trained(name, sft, golden, *(ARMS[arm] if flags is None else flags), "--lr", lr)
-        return both_f1(lab.judged(name))
-    return climb(LRS, f1)
+
+def best_lr(out, arm, *flags):
+    """The learning rate with the best F1 on the tuning seed, of an arm, by default with its flags of ARMS."""
+    flags = flags or ARMS[arm]
+    return climb(LRS, lambda lr: tuning_f1(out, f"{slug(arm)}-lr{lr}", *flags, "--lr", lr))
 
 
 def best_beta(out, loss):
     """The flags of a preference loss alone with the best F1 on the tuning seed: β at the learning rate that suits DPO
     alone, then the learning rate at that β."""
-    lab, lr = Lab(out, TUNE), best_lr(out, "DPO only")
-    sft = lab.sft_model()
-    golden, _ = lab.golden_of(sft, "golden")
-
     def flags(beta):
         return "--loss", loss, "--beta", beta, "--ce", 0
-
-    def f1(beta):
-        name = f"{loss}-beta{beta}"
-        lab.trained(name, sft, golden, *flags(beta), "--lr", lr)
-        return both_f1(lab.judged(name))
-    beta = climb(BETAS[loss], f1)
-    return *flags(beta), "--lr", best_lr(out, f"{loss} at {beta}", flags(beta))
+    lr = best_lr(out, "DPO only")
+    beta = climb(BETAS[loss], lambda beta: tuning_f1(out, f"{loss}-beta{beta}", *flags(beta), "--lr", lr))
+    return *flags(beta), "--lr", best_lr(out, f"{loss} at {beta}", *flags(beta))
 
 
 def training(lab):
     """One golden pool, learned from in several ways, each at its own learning rate."""
-    sft = lab.sft_model()
-    golden, scores = lab.golden_of(sft, "golden")
+    sft, golden, scores = lab.pool()
     found = {"SFT": lab.judged("sft"), "golden": {f"sampled {key}": scores["golden"][key] for key in KEPT}}
     for arm, flags in ARMS.items():
         lr = best_lr(lab.out.parent, arm)
@@ -239,8 +234,7 @@ def training(lab):
 
 def lottery(lab):
     """Each preference loss alone at its best β, and what steadies it."""
-    sft = lab.sft_model()
-    golden, _ = lab.golden_of(sft, "golden")
+    sft, golden, _ = lab.pool()
     found = {"SFT": lab.judged("sft")}
     for loss in BETAS:
         flags = best_beta(lab.out.parent, loss)
@@ -325,16 +319,15 @@ def in_order(caption):
 
 def order(lab):
     """Does order explain the gain? SFT on ordered captions; CE on the model's own single samples, put in order."""
-    sft, train = lab.sft_model(), lab.train()
+    (sft, golden, _), train = lab.pool(), lab.train()
     ordered = [{**row, "caption": in_order(row["caption"])} for row in toy_rows(train / "captions.jsonl")]
     world.write_rows(train / "ordered.jsonl", ordered, train)
     lab.sft_model("sft-ordered", "--data", train / "ordered.jsonl")
-    golden, _ = lab.golden_of(sft, "golden")
     samples = [(row["image"], row["samples"][0]) for row in toy_rows(golden / "record.jsonl")]      # of each image one
     own = [{"image": image, "chosen": in_order(sample["caption"]), "rejected": [sample]} for image, sample in samples
            if world.statements(sample["caption"])]
     world.write_rows(lab.out / "own/golden.jsonl", own, lab.out / "data/images-1")
-    lr = ("--loss", "none", "--lr", best_lr(lab.out.parent, "CE only"))         # so nothing is learned from "rejected"
+    lr = (*ARMS["CE only"], "--lr", best_lr(lab.out.parent, "CE only"))         # nothing is learned from "rejected"
     lab.trained("ce-own-ordered", sft, lab.out / "own", *lr)
     lab.trained(slug("CE only"), sft, golden, *lr)
     return {"SFT": lab.judged("sft"), "SFT, ordered captions": lab.judged("sft-ordered"),

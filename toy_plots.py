@@ -26,7 +26,7 @@ def values(found, arm, key):
 
 def line(axes, found, arms, xs, key, **style):
     """Mean over the seeds against x, with the seeds' range."""
-    xs, columns = zip(*((x, values(found, arm, key)) for x, arm in zip(xs, arms) if values(found, arm, key)))
+    xs, columns = zip(*((x, column) for x, arm in zip(xs, arms) if (column := values(found, arm, key))))
     ends = [[statistics.fmean(c) - min(c) for c in columns], [max(c) - statistics.fmean(c) for c in columns]]
     axes.errorbar(xs, [statistics.fmean(c) for c in columns], yerr=ends, capsize=3, marker="o", **style)
 

@@ -84,10 +84,10 @@ class Loop:
         self.run(out / "adapters.json", "dpo.py", "--init", captioner, "--data", golden / "golden.jsonl", "--out", out,
                  *DPO, *BATCH, *more)
 
-    def judge(self, name, images, truth, *adapters, ways=("greedy", "sampled"), seed=0):
+    def judge(self, name, images, truth, *adapters, seed):
         """Caption images greedily and by sampling, and score both -> {"greedy": figures, "sampled": figures}."""
         found = {}
-        for way in ways:
+        for way in ("greedy", "sampled"):
             captions, scores = self.out / f"captions/{name}-{way}.jsonl", self.out / f"scores/{name}-{way}.json"
             self.run(captions, "caption.py", images, *adapters, "--jsonl", "--temperature", int(way == "sampled"),
                      "--seed", seed, stdout=captions, stage=False)
