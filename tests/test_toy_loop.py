@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -320,8 +321,12 @@ open(sys.argv[1], "w").write("saved")"""
 
 
 def test_control_c_leaves_a_command_the_time_to_save(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        toy_steps.run_command([sys.executable, "-c", SAVING, str(tmp_path / "checkpoint")])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell's background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            toy_steps.run_command([sys.executable, "-c", SAVING, str(tmp_path / "checkpoint")])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (tmp_path / "checkpoint").read_text() == "saved"
 
 
