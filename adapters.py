@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from model import CAPTION_PROMPT, InputError, Slot
+from model import CAPTION_PROMPT, Slot
+from plumbing.errors import InputError
 
 
 class Adapter(nn.Module):
@@ -145,6 +146,11 @@ def folder_hash(folder):
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def lineage(init):
+    """Which adapter folder a run started from, and the hash of its tensors; nothing for a fresh start."""
+    return {"parent": str(init), "parent_hash": folder_hash(init)} if init else {"parent": None, "parent_hash": None}
 
 
 def read_card(folder):

@@ -15,9 +15,9 @@ import time
 
 import torch
 
+from dpo import caption_logps, pack
 from generate import decode, prefill
 from model import Config, QwenVL, VisionConfig
-from pairs import caption_logps, pack
 
 QUERIES, VIEWS, PROMPT, CAPTION, QUESTION, START = 256, 6, 6, 300, 16, 600
 

@@ -18,10 +18,11 @@ import torch
 from tqdm import tqdm
 
 import adapters
-from chunking import BOXES, open_image, views
-from dataset import find_images
+from chunking import BOXES, views
 from generate import MOST_AT_ONCE, images_at_once, room_left, sample, without_loop
-from model import InputError, QwenVL
+from model import QwenVL
+from plumbing.errors import InputError
+from plumbing.images import find_images, open_image
 
 DEFAULT_BASE = "Qwen/Qwen-VL"
 

@@ -17,6 +17,8 @@ behind one image prefix, so that the ViT and the prefix run once per row. Decide
 import argparse
 import contextlib
 import copy
+import hashlib
+import json
 import math
 import random
 import sys
@@ -25,19 +27,20 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import adapters
-import common
-import dataset
-from chunking import BOXES, open_image, views
-from common import ShardedAdamW
+from chunking import BOXES, views
 from generate import sample
-from model import InputError, QwenVL
-from pairs import caption_logps, encode_rows, make_blank, pack, read_golden, reference_logps
+from model import QwenVL
+from plumbing import data, train
+from plumbing.errors import InputError
+from plumbing.images import open_image
+from plumbing.train import ShardedAdamW
 
 
 def parse_args(argv):
-    p = common.stage_parser(__doc__, "out/dpo", "out/golden/golden.jsonl", "golden rows", lr=5e-5, batch=32, epochs=1.0)
+    p = train.stage_parser(__doc__, "out/dpo", "out/golden/golden.jsonl", "golden rows", lr=5e-5, batch=32, epochs=1.0)
     p.add_argument("--init", type=Path, default=Path("out/sft"), help="adapter folder of the captioner to start from")
     p.add_argument("--base", help="Hub name or folder of the base, if not where the captioner's training found it")
     p.add_argument("--loss", choices=("dpo", "hinge", "ipo", "kto", "none"), default="dpo", help="preference loss; "
@@ -49,13 +52,121 @@ def parse_args(argv):
                    "chosen captions, then used as start and reference")
     p.add_argument("--sft-epochs", type=float, default=1.0, help="length of that SFT")
     p.add_argument("--watch", type=int, default=8, help="held-out images captioned at every checkpoint")
-    args = common.checked(p, argv)
+    args = train.checked(p, argv)
     if args.loss == "none" and args.ce == 0:
         p.error("--loss none with --ce 0 leaves nothing to learn from")
     if not (0 < args.beta < math.inf and 0 <= args.ce < math.inf and 0 < args.sft_epochs < math.inf
             and args.max_rejected >= 1 and args.watch >= 0):
         p.error("--beta, --max-rejected and --sft-epochs must be above 0; --ce and --watch not negative")
     return args
+
+
+# ---------------------------------------------------------------- golden rows
+def read_golden(path):
+    """Rows [{"id", "image", "chosen", "rejected"}] and the bad ones [(where, reason)]; id is the place in the file."""
+    rows, bad = [], []
+    for where, row in data.read_jsonl(path):
+        row = row or {}
+        image, chosen, rejected = (row.get(key) for key in ("image", "chosen", "rejected"))
+        whole = isinstance(rejected, list) and rejected and all(
+            isinstance(r, dict) and isinstance(r.get("caption"), str) and r["caption"].strip() for r in rejected)
+        if not isinstance(image, str) or not isinstance(chosen, str) or not chosen.strip() or not whole:
+            bad.append((where, "no JSON object with image, chosen, and rejected captions"))
+        elif not data.is_there(Path(path).parent / image):
+            bad.append((where, f"{image} is not there"))
+        else:
+            rows.append({"id": where.rsplit(":", 1)[1], "where": where, "image": Path(path).parent / image,
+                         "chosen": chosen,
+                         "rejected": [{"caption": r["caption"], "finish": r.get("finish")} for r in rejected]})
+    return data.need_rows(path, rows, bad)
+
+
+def encode_rows(tokenizer, rows, room):
+    """Add to each row the target ids of its captions -> the rows whose chosen caption fits, and how many do not.
+
+    A chosen caption ends in the end token; a rejected one only where it really ended and fits. The next row's chosen
+    caption is the mismatched one of a row.
+    """
+    fitting = []
+    for row in rows:
+        chosen = [*tokenizer.encode(" " + row["chosen"].strip()), tokenizer.eos_id]
+        row = {**row, "chosen_ids": chosen, "rejected_ids": []}
+        for r in row["rejected"]:
+            text = r["caption"] if r["caption"].startswith(" ") else " " + r["caption"]
+            ids = tokenizer.encode(text) + [tokenizer.eos_id] * (r["finish"] == "eos")
+            row["rejected_ids"].append(ids[:room])
+        if len(row["chosen_ids"]) <= room:
+            fitting.append(row)
+    for row, following in zip(fitting, [*fitting[1:], *fitting[:1]]):
+        row["mismatched_ids"] = following["chosen_ids"]
+    return fitting, len(rows) - len(fitting)
+
+
+def pack(prompt, captions):
+    """One image prefix and its captions (lists of target ids) as one sequence with a branch each.
+
+    Returns ids and branch, and of every target token in order: the position it follows, itself, its caption's number.
+    The first token of every caption follows the prompt's last one.
+    """
+    ids, branch, positions, targets, owner = list(prompt), [0] * len(prompt), [], [], []
+    for k, caption in enumerate(captions):
+        positions += [len(prompt) - 1, *range(len(ids), len(ids) + len(caption) - 1)]
+        ids += caption[:-1]
+        branch += [k + 1] * (len(caption) - 1)
+        targets += caption
+        owner += [k] * len(caption)
+    return {"ids": ids, "branch": branch, "positions": positions, "targets": targets, "owner": owner}
+
+
+def caption_logps(model, examples, eos_id, device):
+    """Summed log-probabilities of each example's captions -> (B, C), C the largest number of captions."""
+    def padded(key, fill):
+        longest = max(len(example[key]) for example in examples)
+        rows = [example[key] + [fill] * (longest - len(example[key])) for example in examples]
+        return torch.tensor(rows, device=device)
+    ids, n_captions = padded("ids", eos_id), max(max(example["owner"]) for example in examples) + 1
+    length = torch.tensor([len(example["ids"]) for example in examples], device=device)[:, None]
+    logps = model(ids, torch.cat([example["views"] for example in examples]).to(device),
+                  mask=torch.arange(ids.shape[1], device=device)[None] < length, branch=padded("branch", 0),
+                  positions=padded("positions", 0), targets=padded("targets", eos_id))
+    sums = logps.new_zeros(len(examples), n_captions + 1)                   # the last column takes the padding
+    return sums.scatter_add(1, padded("owner", n_captions), logps)[:, :-1]
+
+
+def make_blank(model, prompt):
+    """An example that stands where every image of a micro-batch was broken; it weighs nothing."""
+    side, eos = model.config.visual.image_size, [model.tokenizer.eos_id]
+    return {**pack(prompt, [eos, eos, eos]), "views": torch.zeros(len(BOXES), 3, side, side), "id": None, "drawn": [0],
+            "lengths": [1, 1, 1]}
+
+
+# ---------------------------------------------------------------- reference
+def reference_logps(args, ranks, model, rows, make_all, start_hash):
+    """Log-probs under the starting adapters -> {row id: [chosen, mismatched, rejected …]}, computed once and kept.
+
+    The file's name is a hash of all that they depend on; a stopped run goes on where it was.
+    """
+    what = [model.fingerprint, start_hash, str(model.lm_head.weight.dtype), model.config.seq_length, BOXES,
+            [[str(row[k]) for k in ("id", "image", "chosen_ids", "mismatched_ids", "rejected_ids")]
+             + [row["image"].stat().st_size, row["image"].stat().st_mtime_ns] for row in rows]]
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    args.out.mkdir(parents=True, exist_ok=True)
+    known = {}
+    for path in sorted(args.out.glob(f"reference-{key}-*.jsonl")):
+        for _, row in data.read_jsonl(path):
+            if row and "logps" in row:                          # a torn last line is computed again
+                known[row["id"]] = row["logps"]
+    # a rank's rows do not depend on what others have written by the time that it looks
+    missing = [row for row in rows[ranks.rank::ranks.world] if row["id"] not in known]
+    own = args.out / f"reference-{key}-{ranks.rank}.jsonl"
+    with own.open("a", encoding="utf-8", buffering=1) as file, torch.no_grad():       # a line is on disk once computed
+        file.write("\n")                                        # after a torn line, a fresh one
+        for row in tqdm(missing, desc="reference", unit="row", disable=not ranks.is_master):
+            with contextlib.suppress(InputError):               # a broken image is told where it is trained on
+                logps = caption_logps(model, [make_all(row)], model.tokenizer.eos_id, ranks.device)[0].tolist()
+                file.write(json.dumps({"id": row["id"], "logps": logps}) + "\n")
+                known[row["id"]] = logps
+    return dict(ranks.gather(known.items()))
 
 
 # ---------------------------------------------------------------- the losses
@@ -139,10 +250,10 @@ def watch(ranks, model, images, look, seed):
 # ---------------------------------------------------------------- main
 def main(argv=None):
     args = parse_args(argv)
-    return common.run_stage("dpo.py", args.device, lambda ranks: train(args, ranks))
+    return train.run_stage("dpo.py", args.device, lambda ranks: run_rank(args, ranks))
 
 
-def train(args, ranks):
+def run_rank(args, ranks):
     """The whole stage on one rank -> exit code."""
     # ---- previous stage
     card = adapters.read_card(args.init)
@@ -157,7 +268,7 @@ def train(args, ranks):
     rows, too_long = encode_rows(model.tokenizer, rows, model.config.seq_length - len(prompt))
     if not rows:
         raise InputError(f"{args.data}: no chosen caption fits in the context of {model.config.seq_length} tokens")
-    rows, held = dataset.split(rows, args.holdout, args.seed)
+    rows, held = data.split(rows, args.holdout, args.seed)
 
     def look(row):
         return views(open_image(row["image"]), model.config.visual.image_size)
@@ -185,11 +296,11 @@ def train(args, ranks):
         raise InputError(f"{args.init}: has a soft prompt alone, and only adapters train here; give another --init")
     policy = DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.world > 1 else model
     if ranks.is_master:
-        dataset.tell_bad("dpo.py", bad)
-        common.announce(f"captioner {args.init}; {len(rows)} golden rows, {len(bad)} bad and {too_long} too long ones "
+        data.tell_bad("dpo.py", bad)
+        train.announce(f"captioner {args.init}; {len(rows)} golden rows, {len(bad)} bad and {too_long} too long ones "
                         f"left out, {len(held)} held out", model, trained, ranks, args.micro_batch)
-    keys = ("loss", "beta", "ce", "max_rejected", "sft_first", "sft_epochs", *common.RUN)
-    run = {"base": model.fingerprint, "start": start_hash, "golden": len(rows), "rows": dataset.rows_hash(rows)}
+    keys = ("loss", "beta", "ce", "max_rejected", "sft_first", "sft_epochs", *train.RUN)
+    run = {"base": model.fingerprint, "start": start_hash, "golden": len(rows), "rows": data.rows_hash(rows)}
     run |= {key: str(getattr(args, key)) for key in keys}
 
     # ---- a short SFT first, if asked for
@@ -235,11 +346,11 @@ def train(args, ranks):
 
     # ---- optimizer, resume, loop
     optimizer = ShardedAdamW(trained, args.weight_decay, ranks)
-    code, counts = common.fit(args, ranks, policy, optimizer, rows, make, len, loss_of, validate, run, prepare)
+    code, counts = train.fit(args, ranks, policy, optimizer, rows, make, len, loss_of, validate, run, prepare)
 
     # ---- save
     if code == 0 and ranks.is_master:
-        adapters.save(model, args.out, name, stage="dpo", arguments=common.plain(args), **common.lineage(args.init))
+        adapters.save(model, args.out, name, stage="dpo", arguments=train.plain(args), **adapters.lineage(args.init))
         print(f"wrote {args.out}; {counts['broken']} rows had a broken image", file=sys.stderr)
     return code
 
@@ -253,12 +364,12 @@ def sft_first(args, ranks, policy, model, name, trained, rows, look, prompt, run
         return {"ids": prompt + row["chosen_ids"], "n_prompt": len(prompt), "views": look(row)}
 
     def loss_of(policy, examples):
-        return -policy(**dataset.collate(examples, model, ranks.device)).sum() * bool(examples), {}
+        return -policy(**data.collate(examples, model, ranks.device)).sum() * bool(examples), {}
 
     optimizer = ShardedAdamW(trained, args.weight_decay, ranks)
-    code, _ = common.fit(mine, ranks, policy, optimizer, rows, make, dataset.n_targets, loss_of, dict, run)
+    code, _ = train.fit(mine, ranks, policy, optimizer, rows, make, data.n_targets, loss_of, dict, run)
     if code == 0 and ranks.is_master:
-        adapters.save(model, mine.out, name, stage="sft", arguments=common.plain(mine), **common.lineage(args.init))
+        adapters.save(model, mine.out, name, stage="sft", arguments=train.plain(mine), **adapters.lineage(args.init))
     ranks.barrier()
     return code, adapters.folder_hash(mine.out) if code == 0 else None
 

@@ -22,10 +22,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import common
-import dataset
-from loading import InputError
-from scoring import normal, pooled, ratio, score, score_golden, tally
+from plumbing import data, train
+from plumbing.errors import InputError
+from plumbing.scoring import normal, pooled, ratio, score, score_golden, tally
 
 
 def parse_args(argv):
@@ -148,7 +147,7 @@ def truth_fault(row):
 def read(path, fault):
     """The rows of a JSONL file in which fault(row) finds nothing; the others are told on stderr."""
     rows, bad = [], []
-    for where, row in dataset.read_jsonl(path):
+    for where, row in data.read_jsonl(path):
         row = row or {}
         for ours, imagefolder in (("image", "file_name"), ("caption", "text")):
             if imagefolder in row:
@@ -158,8 +157,8 @@ def read(path, fault):
             bad.append((where, reason))
         else:
             rows.append(row)
-    rows, bad = dataset.need_rows(path, rows, bad)
-    dataset.tell_bad("evaluate.py", bad)
+    rows, bad = data.need_rows(path, rows, bad)
+    data.tell_bad("evaluate.py", bad)
     return rows
 
 
@@ -247,9 +246,9 @@ def main(argv=None):
         else:
             show({args.captions: found})
         if args.json:
-            text = json.dumps(common.without_nan({**found, "arguments": vars(args)}), indent=1)
+            text = json.dumps(train.without_nan({**found, "arguments": vars(args)}), indent=1)
             Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            common.write_whole(args.json, lambda path: path.write_text(text + "\n"))
+            train.write_whole(args.json, lambda path: path.write_text(text + "\n"))
     except InputError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 1

@@ -11,8 +11,9 @@ import hashlib
 import numpy as np
 import torch
 
-from loading import free_bytes
-from model import InputError, causal_attention
+from model import causal_attention
+from plumbing.errors import InputError
+from plumbing.weights import free_bytes
 
 COPIES = 3              # a statement said this often in a row is a loop
 LOOP_TOKENS = 24        # so is a run this long of any shorter pattern, such as one word that does not end

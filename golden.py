@@ -34,16 +34,16 @@ from pathlib import Path
 import torch
 
 import adapters
-import common
-import loading
-import shorthand
 import tool_llm
-from chunking import BOXES, open_image, views
-from dataset import find_images
+from chunking import BOXES, views
 from generate import images_at_once, room_left, sample, without_loop, yes_probability
-from model import CAPTION_PROMPT, Config, InputError, QwenVL, Tokenizer
-from page import write_page
-from shards import check_settings, finished, rows_at, run_pass
+from model import CAPTION_PROMPT, Config, QwenVL
+from plumbing import rules, train, weights
+from plumbing.errors import InputError
+from plumbing.images import find_images, open_image
+from plumbing.page import write_page
+from plumbing.shards import check_settings, finished, rows_at, run_pass
+from plumbing.tokenizer import Tokenizer
 
 PASSES = ("sample", "combine", "verify", "compose")
 CHUNK = 256             # rows that are given to the tool LLM together
@@ -188,7 +188,7 @@ def said(result):
 def combine_rows(tool, rows):
     """Rows with "combined" and its "statements", each with a question."""
     for chunk in chunks(rows):
-        captions = [[text for text in map(said, row["samples"]) if shorthand.statements(text)] for row in chunk]
+        captions = [[text for text in map(said, row["samples"]) if rules.statements(text)] for row in chunk]
         speaking = [i for i, texts in enumerate(captions) if texts]
         yield from ({**row, "combined": "", "statements": []} for row, texts in zip(chunk, captions) if not texts)
         combined = {}
@@ -196,7 +196,7 @@ def combine_rows(tool, rows):
             if isinstance(found, tool_llm.ToolError):
                 yield {**chunk[speaking[k]], "error": f"combine: {found}"}
             else:
-                combined[speaking[k]] = shorthand.fewer(found)      # what is not asked about must not be said
+                combined[speaking[k]] = rules.fewer(found)      # what is not asked about must not be said
         taken = list(combined)
         for k, found in tool.run(tool_llm.DECOMPOSE, [combined[i] for i in taken]):
             row, text = chunk[taken[k]], ", ".join(statement["text"] for statement in combined[taken[k]])
@@ -250,7 +250,7 @@ def compose_rows(args, tool, tokenizer, room, threshold, rows):
 
 def caption_room(base):
     """The tokenizer of a base, and how many tokens a caption of six views may have; without the weights."""
-    folder = loading.resolve(base, weights=False)
+    folder = weights.resolve(base, weights=False)
     config, tokenizer = Config.from_json(folder / "config.json"), Tokenizer(folder)
     prompt = len(BOXES) * (config.visual.n_queries + 2) + len(tokenizer.encode(CAPTION_PROMPT))
     return tokenizer, config.seq_length - prompt
@@ -328,8 +328,8 @@ def gather_rows(args):
             count["sample_tokens"] += sum(s["tokens"] for s in row["samples"])
             count["statements"] += len(row["statements"])
             count["kept"] += sum(s["kept"] for s in row["statements"])
-    common.write_whole(args.out / "record.jsonl", lambda temporary: write(temporary, False))
-    common.write_whole(args.out / "golden.jsonl", lambda temporary: write(temporary, True))
+    train.write_whole(args.out / "record.jsonl", lambda temporary: write(temporary, False))
+    train.write_whole(args.out / "golden.jsonl", lambda temporary: write(temporary, True))
     return count, reasons
 
 
@@ -357,7 +357,7 @@ def main(argv=None):
         except OSError as error:            # a full disk, a folder that may not be written
             raise InputError(f"{error.filename or args.out}: {error.strerror or error}; mend that and run the same "
                              "command again") from None
-    return common.run_stage("golden.py", args.device, go, patient=True)
+    return train.run_stage("golden.py", args.device, go, patient=True)
 
 
 def run(args, ranks):

@@ -14,7 +14,7 @@ Letters for shapes, here and in all other files: B batch, N images, V views of a
 P patches, Q queries of the resampler, L tokens, D width, H heads, R bottleneck of an adapter.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -22,16 +22,75 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import loading
-from config import Config, VisionConfig
-from loading import InputError
-from tokenizer import Tokenizer
-
-__all__ = ["CAPTION_PROMPT", "Config", "InputError", "QwenVL", "Tokenizer", "VisionConfig"]
+from plumbing import weights
+from plumbing.errors import InputError
+from plumbing.tokenizer import Tokenizer
 
 CAPTION_PROMPT = "Generate the caption in English:"     # Qwen-VL's own pre-training prompt for captions without boxes
 
 LOGITS_AT_ONCE = 64     # rows of 151,936 logits that a loss keeps at a time: 39 MB in fp32, twice while softmax runs
+
+
+# ---------------------------------------------------------------- configuration
+@dataclass
+class VisionConfig:
+    """The `visual` part of config.json; the defaults are Qwen-VL's."""
+    image_size: int = 448
+    patch_size: int = 14
+    width: int = 1664
+    layers: int = 48
+    heads: int = 16
+    mlp_ratio: float = 4.9231
+    output_dim: int = 4096
+    image_start_id: int = 151857
+    n_queries: int = 256                  # not in the released config.json
+
+
+@dataclass
+class Config:
+    """config.json, as far as the network depends on it; the defaults are Qwen-VL's."""
+    vocab_size: int = 151936
+    hidden_size: int = 4096
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    kv_channels: int = 128                # width of a head
+    intermediate_size: int = 22016        # the MLP is half as wide: w1 and w2 share it
+    seq_length: int = 2048                # the trained context; beyond it NTK and logn act
+    layer_norm_epsilon: float = 1e-6
+    rotary_emb_base: float = 10000.0
+    use_dynamic_ntk: bool = True
+    use_logn_attn: bool = True
+    no_bias: bool = True                  # of all linear layers but c_attn
+    visual: VisionConfig = field(default_factory=VisionConfig)
+
+    def __post_init__(self):
+        v = self.visual
+        for part, where in ((self, ""), (v, "visual.")):
+            for f in fields(part):
+                value, wanted = getattr(part, f.name), {float: (int, float)}.get(f.type, f.type)
+                fits = isinstance(value, wanted) and isinstance(value, bool) == (f.type is bool)
+                if not fits or (f.type in (int, float) and not 0 < value < math.inf):
+                    raise InputError(f"config.json: {where}{f.name} is {value!r}, want a {f.type.__name__} above 0")
+        for holds, rule in (
+                (self.kv_channels > 2 and self.kv_channels % 2 == 0, "kv_channels must be even and above 2"),
+                (self.kv_channels * self.num_attention_heads == self.hidden_size,
+                 "kv_channels × num_attention_heads must equal hidden_size"),
+                (v.output_dim == self.hidden_size, "visual.output_dim must equal hidden_size"),
+                (v.output_dim % 128 == 0, "visual.output_dim must be a multiple of 128"),
+                (v.width % v.heads == 0, "visual.width must be a multiple of visual.heads"),
+                (math.isqrt(v.n_queries) ** 2 == v.n_queries, "visual.n_queries must be a square"),
+                (v.image_size % v.patch_size == 0, "visual.patch_size must divide visual.image_size")):
+            if not holds:
+                raise InputError(f"config.json: {rule}")
+
+    @classmethod
+    def from_json(cls, path):
+        """Read a checkpoint's config.json. InputError for another architecture, or one this code does not compute."""
+        raw = weights.read_config(path)
+
+        def known(part, kind):
+            return {k: v for k, v in part.items() if k in kind.__dataclass_fields__}
+        return cls(**{**known(raw, cls), "visual": VisionConfig(**known(raw["visual"], VisionConfig))})
 
 
 # ---------------------------------------------------------------- room for adapters
@@ -359,9 +418,9 @@ class QwenVL(nn.Module):
         In eval mode. dtype None is bfloat16 on a GPU and float32 on the CPU. InputError, in one line, for anything that
         is missing, left over, misshaped, of another architecture, or too large for the device.
         """
-        device = loading.usable_device(device)
-        dtype = dtype or loading.usual_dtype(device)
-        folder = loading.resolve(name_or_dir, weights=False)
+        device = weights.usable_device(device)
+        dtype = dtype or weights.usual_dtype(device)
+        folder = weights.resolve(name_or_dir, weights=False)
         config = Config.from_json(folder / "config.json")
         tokenizer = Tokenizer(folder)
         if tokenizer.image_start_id != config.visual.image_start_id or tokenizer.n_vocab > config.vocab_size:
@@ -370,8 +429,8 @@ class QwenVL(nn.Module):
                              "they belong to different models")
         with torch.device("meta"):
             model = cls(config, tokenizer, str(name_or_dir))
-        loading.check_fits(model, name_or_dir, dtype, device)       # before the weights are fetched, let alone read
-        model.fingerprint = loading.fill(model, loading.resolve(name_or_dir), dtype, device)
+        weights.check_fits(model, name_or_dir, dtype, device)       # before the weights are fetched, let alone read
+        model.fingerprint = weights.fill(model, weights.resolve(name_or_dir), dtype, device)
         return model.eval()
 
     def image_prompt(self, n_images, text):
@@ -467,3 +526,21 @@ class QwenVL(nn.Module):
             layer = None if cache is None else cache.layers[i]
             x = call(block, x, rotary, allowed, layer, checkpointing=self.checkpointing)
         return self.transformer.ln_f(x)
+
+    def training_bytes(self, trained, world, rows):
+        """Bytes that a card will need to train on `rows` sequences of the full context with six views each.
+
+        trained {name: parameter}, its moments sharded over `world` ranks. Weights, gradients and moments; one kept
+        activation per block (the others are computed again), and the widest block while it is.
+        """
+        config, vision = self.config, self.config.visual
+        size = self.lm_head.weight.element_size()
+        weights = sum(t.numel() * t.element_size() for t in self.state_dict().values())
+        learning = sum(p.numel() for p in trained.values()) * (4 + 8 / world)
+        patches = rows * 6 * (vision.image_size // vision.patch_size) ** 2
+        tokens = rows * config.seq_length
+        kept = patches * vision.width * vision.layers + tokens * config.hidden_size * config.num_hidden_layers
+        widest = max(patches * vision.width * (4 + 2 * vision.mlp_ratio) * 2,
+                     tokens * (8 * config.hidden_size + 3 * config.intermediate_size)) * size
+        logits = 3 * LOGITS_AT_ONCE * config.vocab_size * 4
+        return int(weights + learning + kept * size + widest + logits)

@@ -23,30 +23,31 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import adapters
-import common
-import dataset
-from chunking import BOXES, open_image, views
-from common import ShardedAdamW
+from chunking import BOXES, views
 from generate import yes_probability
-from model import InputError, QwenVL
+from model import QwenVL
+from plumbing import data, train
+from plumbing.errors import InputError
+from plumbing.images import open_image
+from plumbing.train import ShardedAdamW
 
 
 def parse_args(argv):
-    p = common.stage_parser(__doc__, "out/qa", "data/qa.jsonl", "questions", lr=2e-4, batch=32, epochs=3.0)
+    p = train.stage_parser(__doc__, "out/qa", "data/qa.jsonl", "questions", lr=2e-4, batch=32, epochs=3.0)
     p.add_argument("--init", type=Path, default=Path("out/sft"), help="the captioner's adapter folder")
     p.add_argument("--base", help="Hub name or folder of the base, if not where the captioner's training found it")
     p.add_argument("--reduction", type=int, default=8, help="width of the model ÷ width of an adapter's bottleneck")
     p.add_argument("--vision", action=argparse.BooleanOptionalAction, default=False, help="train adapters in the ViT, "
                    "too; the source warns of it")
     p.set_defaults(holdout=0.1)
-    return common.checked(p, argv)
+    return train.checked(p, argv)
 
 
 # ---------------------------------------------------------------- data
 def read_questions(path):
     """Rows [{"image", "question", "answer", "yes"}], answers as ` Yes …` or ` No …`, and bad ones [(where, reason)]."""
     rows, bad = [], []
-    for where, row in dataset.read_jsonl(path):
+    for where, row in data.read_jsonl(path):
         row = row or {}
         image, question, answer = (row.get(key) for key in ("image", "question", "answer"))
         if not all(isinstance(part, str) and part.strip() for part in (image, question, answer)):
@@ -56,13 +57,13 @@ def read_questions(path):
         said = re.match(r"(yes|no)\b", answer, re.IGNORECASE)
         if said is None:
             bad.append((where, f"the answer {answer[:30]!r} starts with neither yes nor no"))
-        elif not dataset.is_there(image):
+        elif not data.is_there(image):
             bad.append((where, f"{image} is not there"))
         else:
             rows.append({"where": where, "image": image, "question": " ".join(question.split()),
                          "yes": said[1].lower() == "yes",
                          "answer": f" {said[1].capitalize()}{answer[said.end():]}"})
-    return dataset.need_rows(path, rows, bad)
+    return data.need_rows(path, rows, bad)
 
 
 def fit_context(model, rows, bad):
@@ -101,10 +102,10 @@ def calibrate(p_yes, truth):
 # ---------------------------------------------------------------- main
 def main(argv=None):
     args = parse_args(argv)
-    return common.run_stage("qa_adapter.py", args.device, lambda ranks: train(args, ranks))
+    return train.run_stage("qa_adapter.py", args.device, lambda ranks: run_rank(args, ranks))
 
 
-def train(args, ranks):
+def run_rank(args, ranks):
     """The whole stage on one rank -> exit code."""
     # ---- previous stage
     captioner = adapters.read_card(args.init)
@@ -116,8 +117,8 @@ def train(args, ranks):
     # ---- data
     rows, bad = read_questions(args.data)
     rows, n_cut = fit_context(model, rows, bad)
-    dataset.need_rows(args.data, rows, bad)
-    rows, held = dataset.split(rows, args.holdout, args.seed)
+    data.need_rows(args.data, rows, bad)
+    rows, held = data.split(rows, args.holdout, args.seed)
 
     # ---- model and what is frozen
     where = ("vision", "language") if args.vision else ("language",)
@@ -136,7 +137,7 @@ def train(args, ranks):
                 "views": views(open_image(row["image"]), size)}
 
     def loss_of(policy, examples):
-        return -policy(**dataset.collate(examples, model, ranks.device)).sum() * bool(examples), {}
+        return -policy(**data.collate(examples, model, ranks.device)).sum() * bool(examples), {}
 
     broken = {}             # held-out images that were told
 
@@ -149,7 +150,7 @@ def train(args, ranks):
             try:
                 pixels = views(open_image(image), model.config.visual.image_size)
             except InputError as error:
-                dataset.good_rows([error], broken)
+                data.good_rows([error], broken)
                 continue
             p_yes += yes_probability(model, pixels, [row["question"] for row in about]).tolist()
             truth += [row["yes"] for row in about]
@@ -161,14 +162,14 @@ def train(args, ranks):
 
     # ---- optimizer, resume, loop
     optimizer = ShardedAdamW(trained, args.weight_decay, ranks)
-    run = {"base": model.fingerprint, "questions": len(rows), "rows": dataset.rows_hash(rows),
+    run = {"base": model.fingerprint, "questions": len(rows), "rows": data.rows_hash(rows),
            "captioner": model.loaded[captioner["name"]]}
-    run |= {key: str(getattr(args, key)) for key in ("reduction", "vision", *common.RUN)}
+    run |= {key: str(getattr(args, key)) for key in ("reduction", "vision", *train.RUN)}
     if ranks.is_master:
-        dataset.tell_bad("qa_adapter.py", bad)
-        common.announce(f"captioner {args.init}; {len(rows)} questions, {len(bad)} bad ones left out, {len(held)} "
+        data.tell_bad("qa_adapter.py", bad)
+        train.announce(f"captioner {args.init}; {len(rows)} questions, {len(bad)} bad ones left out, {len(held)} "
                         f"held out, {n_cut} cut to fit the context", model, trained, ranks, args.micro_batch)
-    code, counts = common.fit(args, ranks, policy, optimizer, rows, make, dataset.n_targets, loss_of, validate, run)
+    code, counts = train.fit(args, ranks, policy, optimizer, rows, make, data.n_targets, loss_of, validate, run)
     if code:
         return code
 
@@ -182,7 +183,7 @@ def train(args, ranks):
             print(f"{len(truth)} held-out questions, {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
         print(f"threshold {threshold:.4f}")
         adapters.save(model, args.out, "qa", stage="qa", threshold=threshold, held_out=figures,
-                      arguments=common.plain(args), **common.lineage(args.init))
+                      arguments=train.plain(args), **adapters.lineage(args.init))
         print(f"wrote {args.out}; {counts['broken']} rows had a broken image", file=sys.stderr)
     return 0
 

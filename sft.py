@@ -20,17 +20,17 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import adapters
-import common
-import dataset
-import loading
-from chunking import BOXES, open_image, views
-from common import ShardedAdamW
+from chunking import BOXES, views
 from generate import room_left
-from model import InputError, QwenVL
+from model import QwenVL
+from plumbing import data, train, weights
+from plumbing.errors import InputError
+from plumbing.images import open_image
+from plumbing.train import ShardedAdamW
 
 
 def parse_args(argv):
-    p = common.stage_parser(__doc__, "out/sft", "data/sft.jsonl", "captions", lr=2e-4, batch=32, epochs=3.0)
+    p = train.stage_parser(__doc__, "out/sft", "data/sft.jsonl", "captions", lr=2e-4, batch=32, epochs=3.0)
     p.add_argument("--base", default="Qwen/Qwen-VL", help="Hub name or folder of the base model")
     p.add_argument("--init", type=Path, help="adapter folder to start from instead of fresh adapters")
     p.add_argument("--tune", choices=("adapters", "lora", "prompt", "full"), default="adapters", help="what trains: "
@@ -38,7 +38,7 @@ def parse_args(argv):
     p.add_argument("--reduction", type=int, default=8, help="width of the model ÷ width of an adapter's bottleneck")
     p.add_argument("--rank", type=int, default=16, help="of LoRA")
     p.add_argument("--soft-prompt", action=argparse.BooleanOptionalAction, default=True, help="train a soft prompt too")
-    return common.checked(p, argv)
+    return train.checked(p, argv)
 
 
 # ---------------------------------------------------------------- data
@@ -59,14 +59,14 @@ def encode(tokenizer, prompt, caption, seq_length):
 # ---------------------------------------------------------------- main
 def main(argv=None):
     args = parse_args(argv)
-    return common.run_stage("sft.py", args.device, lambda ranks: train(args, ranks))
+    return train.run_stage("sft.py", args.device, lambda ranks: run_rank(args, ranks))
 
 
-def train(args, ranks):
+def run_rank(args, ranks):
     """The whole stage on one rank -> exit code."""
     # ---- data
-    rows, bad = dataset.read_captions(args.data)
-    rows, held = dataset.split(rows, args.holdout, args.seed)
+    rows, bad = data.read_captions(args.data)
+    rows, held = data.split(rows, args.holdout, args.seed)
 
     # ---- model and what is frozen
     torch.manual_seed(args.seed)
@@ -87,7 +87,7 @@ def train(args, ranks):
                 "views": views(open_image(row["image"]), model.config.visual.image_size)}
 
     def loss_of(policy, examples):
-        return -policy(**dataset.collate(examples, model, ranks.device)).sum() * bool(examples), {}
+        return -policy(**data.collate(examples, model, ranks.device)).sum() * bool(examples), {}
 
     broken = {}             # held-out rows that were told
 
@@ -98,30 +98,31 @@ def train(args, ranks):
             try:
                 example = make(row)
             except InputError as error:
-                dataset.good_rows([error], broken)
+                data.good_rows([error], broken)
                 continue
-            total, tokens = total + loss_of(model, [example])[0].item(), tokens + dataset.n_targets([example])
+            total, tokens = total + loss_of(model, [example])[0].item(), tokens + data.n_targets([example])
         total, tokens = ranks.sum(total, tokens)
         return {"held_out_loss": total / tokens} if tokens else {}
 
     # ---- optimizer, resume, loop
     optimizer = ShardedAdamW(trained, args.weight_decay, ranks)
-    keys = ("init", "tune", "reduction", "rank", "soft_prompt", *common.RUN)
-    run = {"base": model.fingerprint, "captions": len(rows), "rows": dataset.rows_hash(rows)}
+    keys = ("init", "tune", "reduction", "rank", "soft_prompt", *train.RUN)
+    run = {"base": model.fingerprint, "captions": len(rows), "rows": data.rows_hash(rows)}
     run |= {key: str(getattr(args, key)) for key in keys}
     if ranks.is_master:
         n_cut = sum(encode(model.tokenizer, prompt, row["caption"], model.config.seq_length)[1] for row in rows)
-        dataset.tell_bad("sft.py", bad)
-        common.announce(f"{len(rows)} captions, {len(bad)} bad ones left out, {len(held)} held out, {n_cut} cut to fit "
+        data.tell_bad("sft.py", bad)
+        train.announce(f"{len(rows)} captions, {len(bad)} bad ones left out, {len(held)} held out, {n_cut} cut to fit "
                         "the context", model, trained, ranks, args.micro_batch)
-    code, counts = common.fit(args, ranks, policy, optimizer, rows, make, dataset.n_targets, loss_of, validate, run)
+    code, counts = train.fit(args, ranks, policy, optimizer, rows, make, data.n_targets, loss_of, validate, run)
 
     # ---- save
     if code == 0 and ranks.is_master:
         if args.tune == "full":
-            loading.write_base(model, args.out, loading.resolve(args.base) / "qwen.tiktoken")
+            weights.write_base(model, args.out, weights.resolve(args.base) / "qwen.tiktoken")
         else:
-            adapters.save(model, args.out, name, stage="sft", arguments=common.plain(args), **common.lineage(args.init))
+            adapters.save(model, args.out, name, stage="sft", arguments=train.plain(args),
+                          **adapters.lineage(args.init))
         print(f"wrote {args.out}; {counts['broken']} rows had a broken image", file=sys.stderr)
     return code
 
@@ -137,7 +138,7 @@ def start(args, model):
         return name
     if args.tune == "full":
         numbers = sum(p.numel() for p in model.parameters())
-        need, free = 12 * numbers, loading.free_bytes(model.lm_head.weight.device)     # gradients and Adam's moments
+        need, free = 12 * numbers, weights.free_bytes(model.lm_head.weight.device)     # gradients and Adam's moments
         if model.lm_head.weight.dtype != torch.float32:
             raise InputError("--tune full trains the weights themselves, which needs --dtype float32")
         if free is not None and need > free:

@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import dataset
-import shorthand
-from chat import Local, Replies, Server, ToolError, ask, loose_json
-from common import write_whole
-from loading import InputError, usable_device
-from shorthand import Unreadable, clean, fewer, lone_groups_dropped, statements
+from plumbing import data, rules
+from plumbing.chat import Local, Replies, Server, ToolError, ask, loose_json
+from plumbing.errors import InputError
+from plumbing.rules import Unreadable, clean, fewer, lone_groups_dropped, statements
+from plumbing.train import write_whole
+from plumbing.weights import usable_device
 
 
 # ---------------------------------------------------------------- captions in prompts, answers in JSON
@@ -239,11 +239,11 @@ def read_triplets(value, item):
     return list(found.values())
 
 
-REWRITE = Operation("rewrite", rewrite_prompt, read_rewrite, shorthand.rewrite_rule)
-COMBINE = Operation("combine", combine_prompt, read_combine, shorthand.combine_rule)
-DECOMPOSE = Operation("decompose", decompose_prompt, read_decompose, shorthand.decompose_rule)
-CORRECT = Operation("correct", correct_prompt, read_correct, shorthand.correct_rule)
-TRIPLETS = Operation("triplets", triplets_prompt, read_triplets, shorthand.triplets_rule)
+REWRITE = Operation("rewrite", rewrite_prompt, read_rewrite, rules.rewrite_rule)
+COMBINE = Operation("combine", combine_prompt, read_combine, rules.combine_rule)
+DECOMPOSE = Operation("decompose", decompose_prompt, read_decompose, rules.decompose_rule)
+CORRECT = Operation("correct", correct_prompt, read_correct, rules.correct_rule)
+TRIPLETS = Operation("triplets", triplets_prompt, read_triplets, rules.triplets_rule)
 
 
 # ---------------------------------------------------------------- the tool
@@ -337,18 +337,18 @@ def parse_args(argv):
 def read_rows(path, out):
     """Rows [{"image": path as it stands in a file in out's folder, "caption"}] and the bad ones [(where, reason)]."""
     rows, bad = [], []
-    for where, image, caption in dataset.caption_files(path):
+    for where, image, caption in data.caption_files(path):
         if image is None or not isinstance(caption, str) or not clean(caption):
             bad.append((where, "no image with a caption"))
         else:
             rows.append({"image": os.path.relpath(image, out.parent), "caption": clean(caption)})
-    return dataset.need_rows(path, rows, bad)
+    return data.need_rows(path, rows, bad)
 
 
 def convert(args, tool, rows):
     """The output rows of each input row, in its order; {"image", "error"} where the tool failed."""
     operation = REWRITE if args.what == "rewrite" else TRIPLETS
-    known = shorthand.slots(row["caption"] for row in rows) if args.what == "triplets" else {}
+    known = rules.slots(row["caption"] for row in rows) if args.what == "triplets" else {}
     items = [row["caption"] if args.what == "rewrite" else {"caption": row["caption"], "slots": known} for row in rows]
     found = [None] * len(rows)
     for i, result in tqdm(tool.run(operation, items), total=len(rows), unit="caption"):
@@ -378,7 +378,7 @@ def main(argv=None):
         if args.out.is_dir():
             raise InputError(f"--out {args.out} is a folder; give a file")
         rows, bad = read_rows(args.captions, args.out)
-        dataset.tell_bad("tool_llm.py", bad)
+        data.tell_bad("tool_llm.py", bad)
         found = convert(args, open_tool(args, usable_device(args.device)), rows)
         write_rows(args.out, [row for made in found for row in made])
     except InputError as error:

@@ -22,14 +22,12 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-import scoring
-import toy_base
-import toy_claims
-import toy_world as world
-from chunking import open_image
-from common import write_whole
-from loading import InputError
-from toy_steps import CODE, LATER, Loop, make_split, toy_rows
+from plumbing import scoring
+from plumbing.errors import InputError
+from plumbing.images import open_image
+from plumbing.train import write_whole
+from toy_world import base, claims, world
+from toy_world.steps import CODE, LATER, Loop, make_split, toy_rows
 
 
 def parse_args(argv):
@@ -46,7 +44,7 @@ def parse_args(argv):
     parser.add_argument("--seed", type=int, default=0, help="of the scenes and of all stages")
     commands = parser.add_subparsers(dest="command", metavar="claims | pretrain | report | scenes")
     p = commands.add_parser("claims", help="test what the source claims", formatter_class=plain)
-    toy_claims.add_flags(p)
+    claims.add_flags(p)
     p = commands.add_parser("pretrain", help="train the toy base", formatter_class=plain)
     p.add_argument("--out", type=Path, default=Path("out/toy-base"), help="folder of the base")
     p.add_argument("--steps", type=int, default=6000, help="optimizer steps")
@@ -207,7 +205,7 @@ def sheet(out, images, truth, before, after, n=8):
 def pretrain(args):
     """Train the toy base, or go on with it."""
     check_same(args.out, args, "steps", "batch", "questions", "lr", "adam_lr", "seed")
-    toy_base.pretrain(args)
+    base.pretrain(args)
 
 
 def scenes(args):
@@ -218,7 +216,7 @@ def scenes(args):
 
 def main(argv=None):
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    commands = {None: loop, "claims": toy_claims.main, "pretrain": pretrain, "report": toy_base.report,
+    commands = {None: loop, "claims": claims.main, "pretrain": pretrain, "report": base.report,
                 "scenes": scenes}
     try:
         commands[args.command](args)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import toy_world
-from model import Config, QwenVL, Tokenizer, VisionConfig
+from model import Config, QwenVL, VisionConfig
+from plumbing.tokenizer import Tokenizer
+from toy_world import world
 
 torch.set_num_threads(1)        # the models are tiny: a second thread costs more than it brings
 
@@ -15,7 +16,7 @@ torch.set_num_threads(1)        # the models are tiny: a second thread costs mor
 def write_tiny_base(folder, seed=0, **changes):
     """A random base of a few ten thousand parameters: config.json, model.safetensors, qwen.tiktoken."""
     folder.mkdir(parents=True, exist_ok=True)
-    toy_world.write_vocabulary(folder / "qwen.tiktoken")
+    world.write_vocabulary(folder / "qwen.tiktoken")
     tokenizer = Tokenizer(folder)
     vision = VisionConfig(image_size=28, patch_size=14, width=32, layers=1, heads=2, mlp_ratio=2.0, output_dim=128,
                           image_start_id=tokenizer.image_start_id, n_queries=4)

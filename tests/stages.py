@@ -17,12 +17,12 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file
 
-import common
-import dataset
-import shards
-import toy_world as world
+import plumbing.data
+import plumbing.train
+from plumbing import shards
+from toy_world import world
 
-CODE = Path(common.__file__).parent
+CODE = Path(plumbing.train.__file__).parent.parent
 
 
 # ---------------------------------------------------------------- data
@@ -71,9 +71,9 @@ def run(stage, *argv):
 def at_micro_batch(count, act):
     """Have `act(arguments of the forward)` done to the count-th micro-batch from now on that is made into tensors.
 
-    Of use with a patch of dataset.collate: mock.patch.object(dataset, "collate", at_micro_batch(3, act)).
+    Of use with a patch of plumbing.data.collate: mock.patch.object(plumbing.data, "collate", at_micro_batch(3, act)).
     """
-    collate, seen = dataset.collate, [0]
+    collate, seen = plumbing.data.collate, [0]
 
     def counting(*args):
         batch = collate(*args)
@@ -138,7 +138,7 @@ def rank_main(stage, argv, variables, report, at, cpu):
     if at and at[0] == int(variables["RANK"]) and isinstance(at[1], tuple):
         shards.Appender.write = at_row(*at[1], at[2])
     elif at and at[0] == int(variables["RANK"]):
-        dataset.collate = at_micro_batch(at[1], spoil if at[2] == "nan" else kill_me(at[2]))
+        plumbing.data.collate = at_micro_batch(at[1], spoil if at[2] == "nan" else kill_me(at[2]))
     sys.exit(importlib.import_module(stage).main(argv))
 
 

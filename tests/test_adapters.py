@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 import adapters
-from model import CAPTION_PROMPT, InputError, QwenVL
+from model import CAPTION_PROMPT, QwenVL
+from plumbing.errors import InputError
 
 
 def run(model, ids=None, seed=0):

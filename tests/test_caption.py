@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import adapters
 import caption
-from model import CAPTION_PROMPT, QwenVL, Tokenizer
+from model import CAPTION_PROMPT, QwenVL
+from plumbing.tokenizer import Tokenizer
 
 SHORT = ("--max-new-tokens", "5")
 

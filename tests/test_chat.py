@@ -14,10 +14,22 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import chat
-from chat import GIVE_UP, KEY, LONGEST_WAIT, READINGS, TRIES, Local, Replies, Server, ToolError, ask, loose_json
-from loading import InputError
-from shorthand import Unreadable
+from plumbing import chat
+from plumbing.chat import (
+    GIVE_UP,
+    KEY,
+    LONGEST_WAIT,
+    READINGS,
+    TRIES,
+    Local,
+    Replies,
+    Server,
+    ToolError,
+    ask,
+    loose_json,
+)
+from plumbing.errors import InputError
+from plumbing.rules import Unreadable
 
 SECRET = "sk-a-very-secret-key"
 

@@ -18,8 +18,9 @@ from PIL import Image, ImageFile
 from safetensors.torch import load_file
 
 import chunking
-from chunking import MAX_PIXELS, open_image, to_rgb, views
-from loading import InputError
+from chunking import views
+from plumbing.errors import InputError
+from plumbing.images import MAX_PIXELS, open_image, to_rgb
 
 FIXTURES = Path(__file__).parent / "fixtures"
 WHITE = (255, 255, 255)

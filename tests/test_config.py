@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from config import Config
-from model import InputError
+from model import Config
+from plumbing.errors import InputError
 
 VISUAL = {"image_size": 448, "patch_size": 14, "width": 1664, "layers": 48, "heads": 16, "mlp_ratio": 4.9231,
           "output_dim": 4096, "image_start_id": 151857}

@@ -19,13 +19,13 @@ from safetensors.torch import load_file
 from stages import weights_of
 
 import adapters
-import common
-import dataset
 import dpo
-import pairs
-import toy_world
-from chunking import BOXES, open_image, views
+import plumbing.data
+import plumbing.train
+from chunking import BOXES, views
 from model import LOGITS_AT_ONCE, QwenVL
+from plumbing.images import open_image
+from toy_world import world
 
 KINDS = ("dpo", "hinge", "ipo", "kto")
 N_ROWS = 6
@@ -45,12 +45,12 @@ def handlers_restored():
 
 # ---------------------------------------------------------------- a tiny captioner and its golden rows
 def caption_of(scene):
-    return ", ".join(fact["text"] for fact in toy_world.facts(scene))
+    return ", ".join(fact["text"] for fact in world.facts(scene))
 
 
 def sample_of(k, j):
     """The j-th rejected sample of row k, raw: another scene's first statements, its finish in turn."""
-    statements = toy_world.statements(caption_of(toy_world.make_scene([8, k, j])))
+    statements = world.statements(caption_of(world.make_scene([8, k, j])))
     turn = (k + j) % 3
     return {"caption": " " + ", ".join(statements[:3 + turn]), "finish": ("eos", "length", "repeat")[turn]}
 
@@ -60,8 +60,8 @@ def golden(tmp_path_factory):
     """golden.jsonl of N_ROWS scenes with one to three rejected samples each."""
     folder, rows = tmp_path_factory.mktemp("golden"), []
     for k in range(N_ROWS):
-        scene, rejected = toy_world.make_scene([7, k]), [sample_of(k, j) for j in range(1 + k % 3)]
-        toy_world.draw(scene).save(folder / f"{k}.png")
+        scene, rejected = world.make_scene([7, k]), [sample_of(k, j) for j in range(1 + k % 3)]
+        world.draw(scene).save(folder / f"{k}.png")
         rows.append({"image": f"{k}.png", "chosen": caption_of(scene), "rejected": rejected, "samples": rejected})
     return stages.write_rows(folder / "golden.jsonl", rows)
 
@@ -446,7 +446,7 @@ def drawn_by(monkeypatch, calls):
     def noted(model, examples, *rest):
         calls.extend((example["id"], tuple(example["drawn"])) for example in examples if "drawn" in example)
         return real(model, examples, *rest)
-    for module in (dpo, pairs):
+    for module in (dpo,):
         monkeypatch.setattr(module, "caption_logps", noted)
 
 
@@ -502,7 +502,7 @@ def referenced(monkeypatch):
         found = reference_logps(*args)
         inside.clear()
         return found
-    for module in (dpo, pairs):
+    for module in (dpo,):
         monkeypatch.setattr(module, "caption_logps", counted)
     monkeypatch.setattr(dpo, "reference_logps", entered)
 
@@ -570,7 +570,7 @@ def test_other_rows_another_start_or_another_image_have_references_of_their_own(
     assert count(data=data / "golden.jsonl") > 0
     assert len(reference_files(out)) == 4
     assert count() == 0 and count(data=data / "golden.jsonl") == 0          # all four are kept
-    toy_world.draw(toy_world.make_scene([9, 9])).save(data / "1.png")       # another image under the old name
+    world.draw(world.make_scene([9, 9])).save(data / "1.png")       # another image under the old name
     assert count(data=data / "golden.jsonl") > 0
 
 
@@ -639,7 +639,7 @@ def test_held_out_rows_have_their_figures_at_checkpoints(train, tiny_base, capti
     out = train("out", "--loss", kind, "--max-steps", 3, "--save-every", 2, "--holdout", 0.34, "--max-rejected", 9)
     log = log_of(out)
     rows, _ = dpo.read_golden(golden)
-    held = [int(row["id"]) - 1 for row in dataset.split(rows, 0.34, 0)[1]]
+    held = [int(row["id"]) - 1 for row in plumbing.data.split(rows, 0.34, 0)[1]]
     assert len(held) == 2
     assert [any(key.startswith("held_out") for key in row) for row in log] == [False, True, True]
     assert {f"held_out_{name}" for name in NAMES[:11]} <= log[1].keys()
@@ -657,10 +657,10 @@ def test_held_out_rows_are_never_trained_on(train, golden, monkeypatch):
         if torch.is_grad_enabled():
             trained_on.update(example["id"] for example in examples)
         return real(model, examples, *rest)
-    for module in (dpo, pairs):
+    for module in (dpo,):
         monkeypatch.setattr(module, "caption_logps", noted)
     train("out", "--epochs", 2, "--holdout", 0.34, "--sft-first")
-    held = {row["id"] for row in dataset.split(dpo.read_golden(golden)[0], 0.34, 0)[1]}
+    held = {row["id"] for row in plumbing.data.split(dpo.read_golden(golden)[0], 0.34, 0)[1]}
     assert len(trained_on) == 4 and not trained_on & held
 
 
@@ -698,7 +698,7 @@ def test_sft_first_is_the_start_and_the_reference(train, tiny_base, captioner, g
     first = weights_of(out / "sft-first")
     assert [n for n in first if torch.equal(first[n], weights_of(captioner)[n])] == ["soft_prompts.caption.vectors"]
     assert log[0]["preference_loss"] == pytest.approx(math.log(2), abs=1e-4) and abs(log[0]["rewards/chosen"]) < 1e-4
-    rows = [row for row, _ in dataset.step_rows(N_ROWS, 3, 0, 0)]
+    rows = [row for row, _ in plumbing.data.step_rows(N_ROWS, 3, 0, 0)]
     model = loaded(tiny_base, out / "sft-first")
     expected = plain_step(model, loaded(tiny_base, out / "sft-first"), golden, "dpo", 0.1, 1, numbers=rows)
     assert log[0]["loss"] == pytest.approx(expected["loss"], rel=1e-4)
@@ -724,7 +724,7 @@ def test_sft_first_stopped_in_either_part_goes_on_as_if_it_had_not(train, captio
     more = ("--sft-first", "--sft-epochs", 1.5, "--batch", 4, "--max-steps", 3, "--micro-batch", 2)
     expected = train("whole", *more)
     with monkeypatch.context() as patch:
-        patched(patch, dataset if where == "collate" else dpo, where, 4, signal.SIGTERM)
+        patched(patch, plumbing.data if where == "collate" else dpo, where, 4, signal.SIGTERM)
         assert dpo.main(flags(captioner, golden, tmp_path / "out", *more)) == 128 + signal.SIGTERM
     assert (tmp_path / "out" / "adapters.json").exists() is False
     out = train("out", *more)
@@ -890,7 +890,7 @@ def stopped_in_reference(argv, call, number):
         if len(calls) == call:
             os.kill(os.getpid(), number)
         return real(*args)
-    dpo.caption_logps = pairs.caption_logps = striking
+    dpo.caption_logps = striking
     sys.exit(dpo.main(argv))
 
 
@@ -1012,7 +1012,7 @@ def test_folders_that_are_no_captioner_of_this_base_are_one_line(capfd, tiny_bas
     assert "another base" in told_in_one_line(capfd, flags(captioner, golden, tmp_path / "out", "--base", other))
     model = loaded(tiny_base, captioner)
     adapters.attach(model, "qa", ("language",), below="caption")
-    adapters.save(model, tmp_path / "qa", "qa", stage="qa", **common.lineage(captioner))
+    adapters.save(model, tmp_path / "qa", "qa", stage="qa", **adapters.lineage(captioner))
     assert str(tmp_path / "qa") in told_in_one_line(capfd, flags(tmp_path / "qa", golden, tmp_path / "out"))
 
 

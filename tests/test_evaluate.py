@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evaluate
-import scoring
-import toy_world
-from loading import InputError
+from plumbing import scoring
+from plumbing.errors import InputError
+from toy_world import world
 
 
 def fact(text, kind, detail=False):
@@ -183,7 +183,7 @@ def test_a_thing_with_two_planted_statements_is_one_thing():
 
 
 def test_toy_scenes_told_in_full_are_right_in_full():
-    truth = [toy_world.truth(toy_world.make_scene(k), str(k)) for k in range(20)]
+    truth = [world.truth(world.make_scene(k), str(k)) for k in range(20)]
     full = [{"image": row["image"], "caption": ", ".join(f["text"] for f in row["facts"])} for row in truth]
     found = evaluate.score(full, truth)
     assert all(found[name] == 1 for name in ("precision", "recall", "f1", "detail_precision", "detail_recall"))

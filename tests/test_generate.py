@@ -9,7 +9,8 @@ import torch
 
 import generate
 from generate import choose, greedy, loops, prefill, sample, uniforms, without_loop, yes_probability
-from model import CAPTION_PROMPT, InputError, QwenVL
+from model import CAPTION_PROMPT, QwenVL
+from plumbing.errors import InputError
 
 V = 2       # views of an image, enough here
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import adapters
 import generate
-from config import Config, VisionConfig
-from model import InputError, QwenVL, RMSNorm, Rotary, Slot, layout, ntk_alpha, resize_table, sincos_table
+from model import Config, QwenVL, RMSNorm, Rotary, Slot, VisionConfig, layout, ntk_alpha, resize_table, sincos_table
+from plumbing.errors import InputError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 IMG, END, PAD, VOCAB = 314, 315, 316, 320       # the ids of the tiny models; text is below IMG

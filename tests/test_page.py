@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from stages import write_rows
 
-import page
+from plumbing import page
 
 NASTY = "<script>alert('1')</script> & \"quoted\" 'too' <img src=x onerror=y> </span></p>"
 

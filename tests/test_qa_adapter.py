@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import adapters
-import common
-import dataset
+import plumbing.data
+import plumbing.train
 import qa_adapter
 import sft
-from chunking import BOXES, open_image, views
+from chunking import BOXES, views
 from generate import yes_probability
-from model import InputError, QwenVL
+from model import QwenVL
+from plumbing.errors import InputError
+from plumbing.images import open_image
 
 SIDE = 28           # of a view of the tiny base
 QUICK = ("--workers", 0, "--lr", 0.01, "--warmup", 2)
@@ -253,7 +255,7 @@ def test_the_threshold_has_the_best_f1_of_all():
 def test_what_is_printed_logged_and_kept_is_that_of_the_held_out_questions(captioner, data, tmp_path, capsys):
     code = stages.run(qa_adapter, *arguments(captioner, data, tmp_path))
     out, err = capsys.readouterr()
-    _, held = dataset.split(qa_adapter.read_questions(data / "questions.jsonl")[0], 0.25, 0)
+    _, held = plumbing.data.split(qa_adapter.read_questions(data / "questions.jsonl")[0], 0.25, 0)
     model = with_qa(captioner, tmp_path)
     p_yes = [yes_probability(model, views(open_image(row["image"]), SIDE), [row["question"]]).item() for row in held]
     truth, threshold = [row["yes"] for row in held], json.loads((tmp_path / "adapters.json").read_text())["threshold"]
@@ -367,7 +369,7 @@ def test_a_folder_of_another_run_is_refused(captioner, whole, tiny_base, data, t
 @pytest.mark.parametrize("at, expected_step", [(3, 0), (29, 4), (40, 5)])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(captioner, whole, data, tmp_path, at, expected_step):
     argv = arguments(captioner, data, tmp_path / "out")
-    with mock.patch.object(dataset, "collate", stages.at_micro_batch(at, stages.kill_me(signal.SIGTERM))):
+    with mock.patch.object(plumbing.data, "collate", stages.at_micro_batch(at, stages.kill_me(signal.SIGTERM))):
         assert stages.run(qa_adapter, *argv) == 143
     assert stages.checkpoint_of(tmp_path / "out") == expected_step and not (tmp_path / "out/adapters.json").exists()
     assert stages.run(qa_adapter, *argv) == 0
@@ -396,7 +398,7 @@ def test_two_ranks_are_one_and_go_on_after_a_kill(captioner, whole, data, tmp_pa
 def test_broken_images_are_told_and_left_out(captioner, data, tmp_path, capsys):
     """One image of the training part and one of the two held-out ones end in the middle of their pixels."""
     copy = shutil.copytree(data, tmp_path / "data")
-    training, held = dataset.split(qa_adapter.read_questions(copy / "questions.jsonl")[0], 0.25, 0)
+    training, held = plumbing.data.split(qa_adapter.read_questions(copy / "questions.jsonl")[0], 0.25, 0)
     bad = [training[0]["image"], held[0]["image"]]
     for path in bad:
         stages.break_pixels(path)
@@ -427,5 +429,5 @@ def test_a_loss_that_is_not_finite_ends_with_a_line(captioner, data, tmp_path, c
     save_file(tensors, broken / "adapters.safetensors")
     code, err = stages.run(qa_adapter, *arguments(broken, data, tmp_path / "out")), capsys.readouterr().err
     last = err.splitlines()[-1]
-    assert code == 1 and last.startswith("qa_adapter.py: ") and f"{common.MAX_SKIPPED} steps" in last
+    assert code == 1 and last.startswith("qa_adapter.py: ") and f"{plumbing.train.MAX_SKIPPED} steps" in last
     assert not (tmp_path / "out/adapters.json").exists()

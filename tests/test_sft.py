@@ -18,13 +18,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import adapters
-import common
-import dataset
-import loading
 import model as model_file
+import plumbing.data
+import plumbing.train
 import sft
-from chunking import BOXES, open_image, views
+from chunking import BOXES, views
 from model import QwenVL
+from plumbing import weights
+from plumbing.images import open_image
 
 SIDE = 28           # of a view of the tiny base
 QUICK = ("--workers", 0, "--lr", 0.01, "--warmup", 2)
@@ -133,7 +134,7 @@ def test_log_probs_in_chunks_equal_those_of_full_logits(tiny_model, data, monkey
     prompt = tiny_model.caption_prompt(len(BOXES))
     examples = [{"ids": prompt + tiny_model.tokenizer.encode(" " + caption), "n_prompt": len(prompt),
                  "views": views(open_image(path), SIDE)} for path, caption in captions(data)[:3]]
-    batch = dataset.collate(examples, tiny_model, "cpu")
+    batch = plumbing.data.collate(examples, tiny_model, "cpu")
     targets = batch.pop("targets")
     assert len(targets) > 20
     trained = {n: p for n, p in tiny_model.named_parameters() if p.requires_grad}
@@ -234,10 +235,10 @@ def test_full_tuning_starts_only_where_memory_will_do_and_on_a_base_alone(tiny_b
             (full, 8 * numbers, "--tune full needs 0.0 GB"),            # the weights fit, their moments do not
             ((*full, "--dtype", "bfloat16"), 10 ** 12, "float32"),
             ((*full, "--init", moved_captioner), 10 ** 12, "--init")):
-        monkeypatch.setattr(loading, "free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(weights, "free_bytes", lambda device, free=free: free)
         code, err = train(tiny_base, data, tmp_path / "x", *argv), capsys.readouterr().err
         assert code in (1, 2) and expected_word in err.splitlines()[-1] and not (tmp_path / "x").exists()
-    monkeypatch.setattr(loading, "free_bytes", lambda device: 13 * numbers)
+    monkeypatch.setattr(weights, "free_bytes", lambda device: 13 * numbers)
     assert train(tiny_base, data, tmp_path / "x", *full) == 0
 
 
@@ -282,14 +283,14 @@ def test_the_held_out_loss_is_that_of_images_no_step_saw(tiny_base, data, tmp_pa
     seen, opened = set(), sft.open_image
     monkeypatch.setattr(sft, "open_image", lambda path: seen.add(path) or opened(path))
     validates = []
-    monkeypatch.setattr(common, "save_checkpoint", lambda *a: validates.append(len(seen)))
+    monkeypatch.setattr(plumbing.train, "save_checkpoint", lambda *a: validates.append(len(seen)))
     rows = stages.read_rows(data / "captions.jsonl")
     double = stages.write_rows(data / "double.jsonl", [*rows, *({**row, "caption": "red"} for row in rows)])
     stages.run(sft, "--base", tiny_base, "--data", double, "--out", tmp_path, *QUICK, "--holdout", 0.3, "--batch", 7,
                "--max-steps", 4, "--save-every", 2)
     logged = stages.steps_of(tmp_path)
     assert [step for step, row in logged.items() if "held_out_loss" in row] == [2, 4]
-    training, held = dataset.split(dataset.read_captions(double)[0], 0.3, 0)
+    training, held = plumbing.data.split(plumbing.data.read_captions(double)[0], 0.3, 0)
     assert len(held) == 6 and validates[-1] == 10           # all images were opened: seven to train, three to validate
     assert not {row["image"] for row in training} & {row["image"] for row in held}
     with torch.no_grad():
@@ -392,7 +393,7 @@ def test_one_times_eight_is_eight_times_one_is_two_ranks(tiny_base, data, tmp_pa
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(whole, tiny_base, data, tmp_path, at, expected_step):
     """SIGTERM with the at-th of 24 micro-batches: in the middle of a step, of an epoch, right behind a checkpoint."""
     argv = arguments(tiny_base, data, tmp_path / "out")
-    with mock.patch.object(dataset, "collate", stages.at_micro_batch(at, stages.kill_me(signal.SIGTERM))):
+    with mock.patch.object(plumbing.data, "collate", stages.at_micro_batch(at, stages.kill_me(signal.SIGTERM))):
         assert stages.run(sft, *argv) == 143
     assert stages.checkpoint_of(tmp_path / "out") == expected_step == len(stages.steps_of(tmp_path / "out"))
     assert not (tmp_path / "out/adapters.json").exists()    # not a finished stage yet
@@ -539,7 +540,7 @@ sys.exit(sft.main())
 def broken(data, tmp_path):
     """The ten scenes; two images of the training part end in the middle of their pixels."""
     copy = shutil.copytree(data, tmp_path / "broken")
-    training, _ = dataset.split(dataset.read_captions(copy / "captions.jsonl")[0], 0.2, 0)
+    training, _ = plumbing.data.split(plumbing.data.read_captions(copy / "captions.jsonl")[0], 0.2, 0)
     for row in training[1:3]:
         stages.break_pixels(row["image"])
     return copy, [row["image"] for row in training[1:3]]
@@ -557,7 +558,7 @@ def test_an_image_with_broken_pixels_is_left_out_alone(tiny_base, broken, tmp_pa
         assert f"captions.jsonl:{number}: " in line and "damaged" in line
     assert err.splitlines()[-1].endswith("2 rows had a broken image")
     rows = [row for row in captions(data) if row[0] not in bad]
-    held = {row["image"] for row in dataset.split(dataset.read_captions(data / "captions.jsonl")[0], 0.2, 0)[1]}
+    held = {row["image"] for row in plumbing.data.split(plumbing.data.read_captions(data / "captions.jsonl")[0], 0.2, 0)[1]}
     model = QwenVL.from_pretrained(tiny_base)
     adapters.attach(model, "caption", soft_prompt=True)
     total, n = reference_nll(model.train(), [row for row in rows if row[0] not in held])
@@ -577,7 +578,7 @@ def test_broken_images_on_two_ranks_never_hang_one(tiny_base, broken, tmp_path):
 
 def test_a_broken_image_of_the_held_out_part_is_told(tiny_base, data, tmp_path, capsys):
     copy = shutil.copytree(data, tmp_path / "data")
-    held = dataset.split(dataset.read_captions(copy / "captions.jsonl")[0], 0.2, 0)[1]
+    held = plumbing.data.split(plumbing.data.read_captions(copy / "captions.jsonl")[0], 0.2, 0)[1]
     stages.break_pixels(held[0]["image"])
     assert stages.run(sft, *arguments(tiny_base, copy, tmp_path / "out", "--save-every", 2)) == 0
     err = capsys.readouterr().err
@@ -602,12 +603,12 @@ def test_two_ranks_skip_a_step_together_where_one_has_no_finite_loss(two_ranks, 
     assert stages.run_ranks("sft", argv, report, 2, at=(1, 28, "nan")) == [0, 0], report.read_text()
     mine, theirs = stages.steps_of(tmp_path / "out"), stages.steps_of(two_ranks)
     assert [mine[k] for k in range(1, 9)] == [theirs[k] for k in range(1, 9)]
-    assert mine[9]["loss"] is None and all(torch.isfinite(t).all() for t in weights(tmp_path / "out"))
+    assert mine[9]["loss"] is None and all(torch.isfinite(t).all() for t in tensors_of(tmp_path / "out"))
     files = sorted((tmp_path / "out/resume").glob("*/moments-*.pt"))
     assert [{int(m["step"]) for m in torch.load(file).values()} for file in files] == [{8}, {8}]
 
 
-def weights(out):
+def tensors_of(out):
     return stages.weights_of(out).values()
 
 
@@ -619,6 +620,6 @@ def test_a_run_whose_losses_stay_infinite_ends_with_a_line(tiny_base, data, tmp_
     save_file(tensors, init / "adapters.safetensors")
     code = train(tiny_base, data, tmp_path / "out", "--init", init, "--max-steps", 30, "--batch", 2)
     last = capsys.readouterr().err.splitlines()[-1]
-    assert code == 1 and "finite" in last and f"{common.MAX_SKIPPED} steps" in last and last.startswith("sft.py: ")
-    assert len(stages.steps_of(tmp_path / "out")) == common.MAX_SKIPPED - 1
+    assert code == 1 and "finite" in last and f"{plumbing.train.MAX_SKIPPED} steps" in last and last.startswith("sft.py: ")
+    assert len(stages.steps_of(tmp_path / "out")) == plumbing.train.MAX_SKIPPED - 1
     assert not (tmp_path / "out/adapters.json").exists()

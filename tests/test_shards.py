@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from stages import read_rows, write_rows
 
-import shards
-from loading import InputError
+from plumbing import shards
+from plumbing.errors import InputError
 
 ALONE = SimpleNamespace(rank=0, world=1, is_master=True)
 

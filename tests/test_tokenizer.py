@@ -12,8 +12,8 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import InputError, Tokenizer
-from tokenizer import PATTERN, SPECIAL
+from plumbing.errors import InputError
+from plumbing.tokenizer import PATTERN, SPECIAL, Tokenizer
 
 CASES = json.loads((Path(__file__).parent / "fixtures/tokenizer_cases.json").read_text(encoding="utf-8"))
 REAL = os.environ.get("ATAC_QWEN_TIKTOKEN")

@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_chat import closed_port, drip, hang, in_turn, noise, said, serving, shaped, status
 
-import chat
-import dataset
+import plumbing.data
 import qa_adapter
-import shorthand
 import tool_llm
-from chat import READINGS, Server, ToolError
-from shorthand import MOST_QUESTIONS, Unreadable, clean, statements
+from plumbing import chat, rules
+from plumbing.chat import READINGS, Server, ToolError
+from plumbing.rules import MOST_QUESTIONS, Unreadable, clean, statements
 from tool_llm import COMBINE, CORRECT, DECOMPOSE, REWRITE, TRIPLETS, Chat, Shorthand
 
 OPERATIONS = (REWRITE, COMBINE, DECOMPOSE, CORRECT, TRIPLETS)
@@ -395,7 +394,7 @@ def test_rewrite_and_triplets_of_every_kind_of_captions(made, out, tmp_path, mon
     expected_images = [Path("in/deep").resolve() / f"{k}.png" for k in range(3)]
     assert [(out.parent / row["image"]).resolve() for row in rows] == expected_images
     assert not any(Path(row["image"]).is_absolute() for row in rows)
-    read, bad = dataset.read_captions(out)
+    read, bad = plumbing.data.read_captions(out)
     assert [row["caption"] for row in read] == REWRITTEN and not bad
 
     assert stages.run(tool_llm, "triplets", out, "--out", out.with_name("qa.jsonl")) == 0
@@ -416,7 +415,7 @@ def test_a_caption_that_cannot_be_done_is_an_error_row_in_its_place(tmp_path, ca
     err = capsys.readouterr().err
     assert "2 captions done, 1 error rows, 3 left out" in err
     assert all(f"raw.jsonl:{number}: no image" in err for number in (3, 4, 5))
-    read, bad = dataset.read_captions(tmp_path / "out.jsonl")           # an error row is left out by the next stage
+    read, bad = plumbing.data.read_captions(tmp_path / "out.jsonl")           # an error row is left out by the next stage
     assert len(read) == 2 and len(bad) == 1
 
 
@@ -431,14 +430,14 @@ def test_a_file_name_that_is_no_text_comes_back(tmp_path):
     out = tmp_path / "out" / "out.jsonl"
     assert stages.run(tool_llm, "rewrite", tmp_path, "--out", out) == 0
     assert "Un café" in out.read_text("utf-8")
-    [row], bad = dataset.read_captions(out)
+    [row], bad = plumbing.data.read_captions(out)
     assert row["image"].is_file() and not bad
 
 
 def rewriting(text, n):
     """A script that answers a rewrite prompt by the rules."""
     [(_, caption)] = strings_in(text.split(tool_llm.DATA)[1])[0]
-    return said(json.dumps({"statements": statements(shorthand.rewrite_rule(caption))}))
+    return said(json.dumps({"statements": statements(rules.rewrite_rule(caption))}))
 
 
 def test_a_second_run_asks_the_server_nothing(tmp_path):

@@ -1,246 +1,615 @@
-"""The toy world: its facts, its pictures, the mark that only crops show, and the small base trained on it."""
+"""toy.py and toy_steps.py: the whole loop at a tiny size, stops and resumes, who may see the truth, table and sheet."""
+import contextlib
+import importlib
+import io
 import json
-import random
+import os
 import re
-from collections import Counter
+import shlex
+import shutil
+import signal
+import sys
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
+import stages
 from PIL import Image
 
+import caption
+import golden
 import toy
-import toy_base
-import toy_world as world
-from chunking import open_image, views
-from generate import sample
-from model import InputError, QwenVL, Tokenizer
+from plumbing import scoring
+from plumbing.errors import InputError
+from toy_world import steps as toy_steps
+from toy_world import world
+from toy_world.steps import CODE, Loop, make_split
 
-SHIPPED = Path(toy.__file__).parent / "assets/toy"
-
-
-# ---------------------------------------------------------------- scenes
-def test_a_seed_is_a_scene_and_a_picture():
-    a, b, c = (world.make_scene(s) for s in ("x", "x", "y"))
-    assert a == b != c
-    assert np.array_equal(np.asarray(world.draw(a)), np.asarray(world.draw(b)))
+SIZES = {"--captions": 8, "--images": 6, "--held-out": 6, "--samples": 3}
+FEW = {"SFT": ("--max-steps", "2", "--lr", "2e-3"), "QA": ("--max-steps", "2", "--lr", "1e-3"),
+       "DPO": ("--max-steps", "2", "--lr", "2e-3"),
+       "BATCH": ("--batch", "4", "--micro-batch", "4", "--workers", "0", "--warmup", "0")}
+KEYS = ("precision", "recall", "f1", "detail_precision", "detail_recall", "planted", "eos", "repeat", "length")
+RUN_OF_A_ROUND = ["qa_adapter.py", "golden.py", "evaluate.py", "dpo.py", *("caption.py", "evaluate.py") * 2]
 
 
-def test_the_world_is_as_described():
-    scenes = [world.make_scene(i) for i in range(3000)]
-    things = [t for s in scenes for t in s.things if t.place != "center"]
-    for group in ("warm", "cold"):
-        marked = [t.mark for t in things if t.group == group and t.mark]
-        rate = np.mean([bool(t.mark) for t in things if t.group == group])
-        assert rate == pytest.approx(world.MARK_RATE[group], abs=0.02)
-        usual = world.MARKS[group == "cold"]
-        assert np.mean([m == usual for m in marked]) == pytest.approx(world.MARK_KIND_RATE, abs=0.03)
-    assert {len([t for t in s.things if t.place != "center"]) for s in scenes} == {2, 3, 4}
-    assert np.mean([any(t.place == "center" for t in s.things) for s in scenes]) == pytest.approx(0.6, abs=0.03)
-    assert {t.color for t in things} == set(world.COLORS) and {t.shape for t in things} == set(world.SHAPES)
-    even = [t for i in range(1500) for t in world.make_scene(i, planted=False).things if t.place != "center"]
-    for group in ("warm", "cold"):
-        assert np.mean([bool(t.mark) for t in even if t.group == group]) == pytest.approx(0.5, abs=0.04)
+# ---------------------------------------------------------------- the scripts, run in this process
+SEEN = {"script": None, "files": set()}         # which script runs, if any, and (script, file or folder it has opened)
 
 
-def test_truth_names_every_fact_and_every_temptation():
-    for i in range(200):
-        scene = world.make_scene(i)
-        row = world.truth(scene, "x.png")
-        texts = [fact["text"] for fact in row["facts"]]
-        assert len(set(texts)) == len(texts) == 1 + len(scene.things) + sum(bool(t.mark) for t in scene.things)
-        assert texts[0] == f"background {scene.background}"
-        assert all(text.startswith(fact["about"]) for text, fact in zip(texts, row["facts"]))
-        bare = [t for t in scene.things if t.place != "center" and not t.mark]
-        assert len(row["planted"]) == 2 * len(bare) and not {p["text"] for p in row["planted"]} & set(texts)
+def see(event, args):
+    if SEEN["script"] and event in ("open", "os.listdir", "os.scandir") and isinstance(args[0], str | bytes | os.PathLike):
+        SEEN["files"].add((SEEN["script"], os.path.abspath(os.fsdecode(args[0]))))
 
 
-def test_questions_are_answered_by_the_facts():
-    rng, answers, kinds = random.Random(0), [], Counter()
-    for i in range(600):
-        scene = world.make_scene(i)
-        if i % 3 == 0:
-            scene = world.as_close_up(scene, scene.things[0])
-        true = {f["text"] for f in world.facts(scene)}
-        parts = {f"{t.place} {part}" for t in scene.things for part in (t.color, t.shape)}
-        for text, answer, kind in world.questions(scene, 8, rng):
-            assert answer.startswith("Yes") == (text in true | parts), (text, answer)
-            assert (kind in ("part", "wrong part")) == (len(text.split()) == 2 and text.split()[1] in
-                                                        (*world.COLORS, *world.SHAPES))
-            answers.append(answer.startswith("Yes"))
-            kinds[kind] += 1
-    assert np.mean(answers) == pytest.approx(0.5, abs=0.03)
-    assert set(kinds) == {"background", "object", "mark", "center", "part", "wrong shape", "wrong color", "wrong place",
-                          "wrong mark", "wrong background", "wrong part"}
+sys.addaudithook(see)                           # for good: no hook can be taken away again
 
 
-# ---------------------------------------------------------------- the mark
-@pytest.mark.parametrize("kind", world.MARKS)
-def test_halving_leaves_nothing_of_a_mark(kind):
-    for x, y in ((16, 16), (13.6, 18.4), (48.2, 47)):
-        mark = world.draw_mark(kind, x, y)
-        assert abs(world.HALVING @ mark @ world.HALVING.T).max() < 1e-9
-        assert mark.std() * world.SIDE / world.MARK_SIDE > 0.9          # at full resolution it is all there
+class Here:
+    """In place of toy_steps.run_command: runs the scripts in this process.
+
+    commands: what was run, as (script, arguments), and `raw`, as it was handed over. before(script, arguments) may
+    return an exit code, or raise, in place of the script.
+    """
+
+    def __init__(self, before=lambda script, argv: None):
+        self.before, self.commands, self.raw = before, [], []
+
+    @property
+    def scripts(self):
+        return [script for script, _ in self.commands]
+
+    def __call__(self, command, stdout=None, stderr=None):
+        python, script, *argv = command
+        script = Path(script).resolve()
+        assert python == sys.executable and script.is_file()
+        self.raw.append(command)
+        self.commands.append((script.name, argv))
+        with contextlib.ExitStack() as streams:
+            if stdout:
+                streams.enter_context(contextlib.redirect_stdout(stdout))
+            if stderr:
+                streams.enter_context(contextlib.redirect_stderr(stderr))
+            code = self.before(script.name, argv)
+            if code is None:
+                streams.callback(SEEN.update, script=None)
+                SEEN["script"] = script.name
+                code = self.start(script, argv)
+        return code or 0
+
+    def start(self, script, argv):
+        assert script.parent == CODE
+        return stages.run(importlib.import_module(script.stem), *argv)
 
 
-def test_halving_is_what_pillow_does():
-    picture = np.random.default_rng(0).uniform(0, 255, (world.SIDE, world.SIDE)).astype(np.float32)
-    expected = np.asarray(Image.fromarray(picture).resize((32, 32), Image.BICUBIC))
-    np.testing.assert_allclose(world.HALVING @ picture @ world.HALVING.T, expected, atol=1e-3)
+@contextlib.contextmanager
+def running(here):
+    """The loop's commands go to `here`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy_steps, "run_command", here)
+        yield here
 
 
-def test_a_probe_on_view_0_sees_no_mark_and_a_probe_on_a_crop_does():
-    """Ridge regression from pixels around the object to marked or not, marks independent of the colour."""
-    low, high, marked = [], [], []
-    for i in range(1600):
-        scene = world.make_scene(f"probe {i}", planted=False)
-        pixels = views(world.draw(scene), 32)
-        for number, place in enumerate(world.PLACES):
-            for thing in scene.things:
-                if thing.place == place:
-                    x, y = (c // 2 - 8 for c in world.PLACES[place])
-                    patch = pixels[0, :, y:y + 16, x:x + 16].double()
-                    crop = pixels[1 + number, :, 8:24, 8:24].double()
-                    low.append(torch.cat([patch.flatten(), patch.mean(0).flatten() ** 2]))
-                    high.append(torch.cat([crop.flatten(), crop.mean(0).diff(dim=1).abs().flatten()]))
-                    marked.append(1.0 if thing.mark else -1.0)
-    def held_out_accuracy(features):
-        X, y = torch.stack(features), torch.tensor(marked, dtype=torch.float64)
-        X = torch.cat([(X - X.mean(0)) / X.std(0), torch.ones(len(X), 1, dtype=torch.float64)], 1)
-        half = len(X) // 2
-        ridge = 300 * torch.eye(X.shape[1], dtype=torch.float64)
-        w = torch.linalg.solve(X[:half].T @ X[:half] + ridge, X[:half].T @ y[:half])
-        return ((X[half:] @ w > 0) == (y[half:] > 0)).double().mean().item()
-    assert held_out_accuracy(high) > 0.9
-    assert held_out_accuracy(low) < 0.54            # half of over 4000 held-out objects is .5 ± .011
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """Two steps of training a stage; golden.py need not search for garbage in what the tests imported."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, flags in FEW.items():
+            patch.setattr(toy_steps, name, flags)
+        patch.setattr(golden, "gc", SimpleNamespace(collect=int))
+        yield
 
 
-# ---------------------------------------------------------------- files
-def test_every_word_of_the_world_is_one_token(tmp_path):
-    world.write_vocabulary(tmp_path / "qwen.tiktoken")
-    tokenizer = Tokenizer(tmp_path)
-    for i in range(100):
-        scene = world.make_scene(i)
-        texts = [" " + ", ".join(f["text"] for f in world.facts(scene))]
-        asked = world.questions(scene, 8, random.Random(i))
-        texts += [f"{world.ask(text)} Answer: {answer}" for text, answer, _ in asked]
-        for text in texts:
-            assert tokenizer.decode(tokenizer.encode(text)) == text
-            assert len(tokenizer.encode(text)) == len(re.sub(r"([-,?:])", r" \1", text).replace("- ", "-").split())
-    assert [len(tokenizer.encode(word)) for word in (" Yes", " No", "yes", "no")] == [1] * 4
+def run_toy(out, *more, here=None):
+    """toy.py's loop -> exit code, what it and its scripts printed, what was run."""
+    here, said, errors = here or Here(), io.StringIO(), io.StringIO()
+    sizes = [part for pair in SIZES.items() for part in pair]
+    with running(here), contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
+        code = toy.main([str(part) for part in ("--out", out, *sizes, *more)])
+    return SimpleNamespace(code=code, said=said.getvalue(), errors=errors.getvalue(), here=here, out=out,
+                           scripts=here.scripts)
 
 
-def test_scenes_command_writes_pictures_and_truth(tmp_path):
-    assert toy.main(["scenes", "--out", str(tmp_path / "s"), "--n", "3", "--seed", "7"]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "s/truth.jsonl").read_text().splitlines()]
-    assert [row["image"] for row in rows] == ["00000.png", "00001.png", "00002.png"]
-    scene = world.make_scene("scenes 7 1")
-    assert rows[1] == world.truth(scene, "00001.png")
-    captions, questions = ([json.loads(line) for line in (tmp_path / f"s/{kind}.jsonl").read_text().splitlines()]
-                           for kind in ("captions", "questions"))
-    for row, caption in zip(rows, captions):
-        said, true = world.statements(caption["caption"]), {fact["text"] for fact in row["facts"]}
-        assert caption["image"] == row["image"] and len(set(said)) == len(said) >= 2 and set(said) <= true
-    assert len(questions) == 9 and all(q["answer"].startswith(("Yes", "No")) for q in questions)
-    assert np.array_equal(np.asarray(open_image(tmp_path / "s/00001.png")), np.asarray(world.draw(scene)))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of two rounds, and the files its scripts opened."""
+    SEEN["files"].clear()
+    run = run_toy(tmp_path_factory.mktemp("whole") / "out" / "toy")
+    run.opened = set(SEEN["files"])
+    return run
 
 
-# ---------------------------------------------------------------- the base
-def test_pretraining_writes_the_released_layout_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    """Stopped in the fourth step and started again: log and weights as of an uninterrupted run, bit for bit."""
-    arguments = ["pretrain", "--steps", "6", "--batch", "2", "--questions", "2", "--save-every", "2"]
-    assert toy.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
-    forward, calls = toy_base.weighted_loss, []
+@pytest.fixture
+def copied(whole, tmp_path):
+    """A copy of the whole run's folder."""
+    return shutil.copytree(whole.out, tmp_path / "out" / "toy")
 
-    def interrupted(*batch):
-        calls.append(1)
-        if len(calls) == 4:
+
+def drop(out, *patterns):
+    """Delete files and folders of a run."""
+    for pattern in patterns:
+        found = list(out.glob(pattern))
+        assert found, pattern
+        for path in found:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def told(said, mark):
+    """The commands that a loop printed after "$ " or "done: ", as a shell takes them apart."""
+    return [shlex.split(line) for line in re.findall(rf"^\[[ \d]+:\d\d\] {re.escape(mark)} (.*)$", said, re.MULTILINE)]
+
+
+def figures_of(out):
+    """results.json, without the file names in it."""
+    found = json.loads((out / "results.json").read_text())
+    return {name: {way: {key: figures[key] for key in (*KEYS, "statements")} for way, figures in ways.items() if way != "gate"}
+            for name, ways in found.items()}
+
+
+# ---------------------------------------------------------------- the whole loop
+def test_the_loop_leaves_the_figures_of_every_captioner_and_golden_file(whole):
+    assert whole.code == 0
+    found = json.loads((whole.out / "results.json").read_text())
+    assert list(found) == ["base", "sft", "golden1", "round1", "golden2", "round2"]
+    for name in ("base", "sft", "round1", "round2"):
+        file = name.replace("round", "round-")
+        assert list(found[name]) == ["greedy", "sampled"]
+        for way, figures in found[name].items():
+            expected = scoring.score(toy.read_captions(whole.out, file, way), toy.toy_rows(whole.out / "truth/held-out.jsonl"))
+            assert figures["captions"] == SIZES["--held-out"]
+            assert {key: figures[key] for key in KEYS} == pytest.approx({key: expected[key] for key in KEYS}, nan_ok=True)
+    for k in (1, 2):
+        of_golden = found[f"golden{k}"]
+        assert list(of_golden) == ["sampled", "single", "union", "gate"] and set(KEYS) <= of_golden["sampled"].keys()
+        trained_on = stages.read_rows(whole.out / f"golden-{k}/golden.jsonl")
+        assert of_golden["sampled"]["captions"] == SIZES["--images"] >= len(trained_on) > 0
+        assert of_golden["single"]["captions"] == SIZES["--images"] * SIZES["--samples"]
+
+
+def test_the_stages_follow_one_another(whole):
+    """Every script runs in its turn, each on what the one before left."""
+    assert whole.scripts == [*("caption.py", "evaluate.py") * 2, "sft.py", *("caption.py", "evaluate.py") * 2,
+                             *RUN_OF_A_ROUND * 2]
+    flags = [(script, dict(pairwise(argv))) for script, argv in whole.here.commands]
+    of = {script: [flags for name, flags in flags if name == script] for script in ("qa_adapter.py", "golden.py", "dpo.py")}
+    out = whole.out
+    for k, start in enumerate((out / "sft", out / "dpo-1"), 1):
+        qa, gold, dpo = (of[script][k - 1] for script in of)
+        assert qa["--init"] == gold["--captioner"] == dpo["--init"] == str(start)
+        assert gold["--qa"] == qa["--out"] and gold["--images"] == str(out / f"data/images-{k}")
+        assert dpo["--data"] == str(out / f"golden-{k}/golden.jsonl") and dpo["--out"] == str(out / f"dpo-{k}")
+        assert dpo.get("--ce", "1") == {1: "1", 2: "4"}[k]
+    first, second = (set(p.read_bytes() for p in (out / f"data/images-{k}").iterdir()) for k in (1, 2))
+    assert len(first) == len(second) == SIZES["--images"] and not first & second        # fresh images in each round
+
+
+def test_the_seed_reaches_the_scenes_and_every_stage_that_trains_or_samples(whole, tmp_path):
+    def first_stop(script, argv):
+        return 1 if script == "sft.py" else None
+    run = run_toy(tmp_path / "toy", "--seed", 5, here=Here(first_stop))
+    argv, = [argv for script, argv in run.here.commands if script == "sft.py"]
+    assert argv[argv.index("--seed") + 1] == "5"
+    assert (tmp_path / "toy/truth/held-out.jsonl").read_bytes() != (whole.out / "truth/held-out.jsonl").read_bytes()
+    seeds = [argv[argv.index("--seed") + 1] for script, argv in whole.here.commands
+             if script != "evaluate.py"]
+    assert seeds == ["0"] * (7 + 2 * 4)
+
+
+def test_the_printed_table_has_a_row_for_every_captioner_and_its_figures(whole):
+    lines = whole.said[whole.said.index("] judged\n"):].splitlines()
+    rows = {tuple(line.split()[:2]): line.split()[2:] for line in lines if line.startswith(("base", "sft", "round", "golden"))
+            and ":" not in line and "against" not in line}
+    assert list(rows) == [(name, way) for name in ("base", "sft", "golden1", "round1", "golden2", "round2")
+                          for way in (("golden", "single", "union") if "golden" in name else ("greedy", "sampled"))]
+    found = figures_of(whole.out)
+    for (name, way), cells in rows.items():
+        figures = found[name][{"golden": "sampled"}.get(way, way)]
+        assert [None if cell == "-" else float(cell) for cell in cells] == [
+            pytest.approx(figures[key], abs=0.051 if key == "statements" else 0.00051) if figures[key] is not None else None
+            for key in toy.COLUMNS]
+    assert len([line for line in lines if re.match(r"golden\d: of what the gate kept", line)]) == 2
+    assert len([line for line in lines if re.match(r"round \d against (sft|round 1): greedy P [+-]", line)]) == 2
+
+
+def test_the_sheet_is_a_picture(whole):
+    with Image.open(whole.out / "sheet.png") as picture:
+        picture.load()
+        assert picture.format == "PNG" and picture.width > 600 and picture.height > 600
+        assert len(picture.crop((216, 0, picture.width, 200)).getcolors(10 ** 6)) > 2       # something is written
+
+
+def test_the_best_captioner_is_named_where_caption_py_looks(whole):
+    folder = caption.default_adapters(whole.out.parent)
+    found = figures_of(whole.out)
+    of = {"sft": "sft", "dpo-1": "round1", "dpo-2": "round2"}
+    both = {name: found[of[name]]["greedy"]["f1"] + found[of[name]]["sampled"]["f1"] for name in of}
+    assert both[folder.name] == max(both.values()) and folder.resolve() == (whole.out / folder.name).resolve()
+    assert f"best: {whole.out / folder.name}" in whole.said
+
+
+def results_like(**f1):
+    """results as `loop` gathers them, from {name: (greedy F1, sampled F1)}."""
+    def figures(value):
+        return {**dict.fromkeys((*KEYS, "statements"), 0.5), "f1": value}
+    found = {name: {"greedy": figures(greedy), "sampled": figures(sampled)} for name, (greedy, sampled) in f1.items()}
+    return {**found, "golden1": {"sample": figures(.4), "combined": figures(.5), "golden": figures(.6),
+                                 "gate": {"precision": .9, "recall": .8, "base_rate": .7}}}
+
+
+@pytest.mark.parametrize("scores, expected", [
+    ({"sft": (.6, .5), "round1": (.7, .5), "round2": (.5, .6)}, "dpo-1"),
+    ({"sft": (.6, .5), "round1": (.7, .3), "round2": (.4, .6)}, "sft"),
+    ({"sft": (.6, .5), "round1": (.5, .5), "round2": (.5, .7)}, "dpo-2"),
+    ({"sft": (.6, .5), "round1": (None, None), "round2": (None, .7)}, "sft")], ids=str)
+def test_the_best_of_greedy_and_sampled_f1_together_is_named(whole, tmp_path, monkeypatch, capsys, scores, expected):
+    """F1 is None where captions say nothing."""
+    out = tmp_path / "out" / "toy"
+    out.mkdir(parents=True)
+    monkeypatch.setattr(toy, "sheet", lambda *_: None)
+    monkeypatch.setattr(toy, "gains", lambda *_: "")
+    toy.finish(SimpleNamespace(out=out, rounds=2), results_like(base=(.9, .9), **scores), None, None)
+    assert (tmp_path / "out/best.txt").read_text().strip() == f"toy/{expected}"
+    assert f"best: {out / expected}," in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- commands
+def test_every_command_is_printed_as_one_would_type_it(whole):
+    printed, handed = told(whole.said, "$"), whole.here.raw
+    assert len(printed) == len(handed) > 20
+    for words, command in zip(printed, handed):
+        to = words[words.index(">") + 1] if ">" in words else None
+        assert words[0] == "python" and words[1:words.index(">") if to else None] == command[1:]
+        assert Path(words[1]).resolve().parent == CODE
+        assert (to is not None) == (Path(words[1]).name in ("caption.py", "evaluate.py"))
+        assert to is None or Path(to).is_file()
+
+
+def test_with_several_processes_the_stages_go_to_torchrun_and_the_rest_does_not(tmp_path, capsys, monkeypatch):
+    handed, out = [], tmp_path / "a folder"
+
+    def run(command, stdout=None, stderr=None):
+        handed.append(command)
+        path = made.pop(0)          # it does its work
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        return 0
+    monkeypatch.setattr(toy_steps, "run_command", run)
+    made, steps = [out / "sft/adapters.json", out / "golden.jsonl", out / "captions/x.jsonl"], Loop(out, processes=2)
+    steps.sft("assets/toy", tmp_path, out / "sft", "--seed", 3)
+    steps.golden(out / "sft", out / "qa", tmp_path, out)
+    steps.run(out / "captions/x.jsonl", "caption.py", tmp_path, stdout=out / "captions/x.jsonl", stage=False)
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    assert handed[0][:5] == handed[1][:5] == [sys.executable, *torchrun]
+    assert Path(handed[0][5]).resolve() == CODE / "sft.py" and handed[0][-2:] == ["--seed", "3"]
+    assert handed[2] == [sys.executable, os.path.relpath(CODE / "caption.py"), str(tmp_path)]
+    printed = told(capsys.readouterr().out, "$")
+    assert printed[0] == ["torchrun", "--nproc_per_node", "2", *handed[0][5:]]
+    assert printed[1] == ["torchrun", "--nproc_per_node", "2", *handed[1][5:]] and printed[1][-1] == str(out)
+    assert printed[2] == ["python", *handed[2][1:], ">", str(out / "captions/x.jsonl")]
+
+
+def test_what_the_scripts_print_goes_to_the_log_where_there_is_one(tmp_path, capfd, monkeypatch):
+    def run(command, stdout, stderr):
+        stdout.write("said\n")
+        stderr.write("warned\n")
+        (tmp_path / "made").touch()
+        return 0
+    monkeypatch.setattr(toy_steps, "run_command", run)
+    (tmp_path / "log").write_text("before\n")
+    Loop(tmp_path, log=tmp_path / "log").run(tmp_path / "made", "sft.py")
+    assert (tmp_path / "log").read_text().splitlines()[0] == "before"
+    assert sorted((tmp_path / "log").read_text().split()) == ["before", "said", "warned"]
+    assert capfd.readouterr().out.count("\n") == 1          # the command
+
+
+def test_a_real_process_is_started_and_its_error_ends_in_one_line(tmp_path, capfd):
+    """Nothing patched: evaluate.py refuses captions that are not there."""
+    with pytest.raises(InputError, match=r"evaluate\.py ended with 1; mend what it says above") as error:
+        Loop(tmp_path).run(tmp_path / "x.json", "evaluate.py", tmp_path / "none.jsonl", tmp_path / "truth.jsonl",
+                           stdout=tmp_path / "x.txt", stage=False)
+    assert "\n" not in str(error.value) and not (tmp_path / "x.txt").exists()
+    assert capfd.readouterr().err.startswith("evaluate.py: ")
+
+
+SAVING = """import os, signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: None)
+os.kill(os.getppid(), signal.SIGINT)
+time.sleep(1)
+open(sys.argv[1], "w").write("saved")"""
+
+
+def test_control_c_leaves_a_command_the_time_to_save(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell's background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            toy_steps.run_command([sys.executable, "-c", SAVING, str(tmp_path / "checkpoint")])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (tmp_path / "checkpoint").read_text() == "saved"
+
+
+# ---------------------------------------------------------------- stopped and started again
+def test_the_same_command_again_runs_nothing_and_tells_the_same(whole, copied):
+    run = run_toy(copied)
+    assert (run.code, run.scripts) == (0, []) and told(run.said, "$") == []
+    assert len(told(run.said, "done:")) == len(whole.scripts)
+    assert figures_of(copied) == figures_of(whole.out)
+    table, *_ = (text[text.index("] judged\n"):].split("best: ")[0] for text in (whole.said, run.said))
+    assert table.count("\n") > 18 and table in run.said
+
+
+def test_a_stage_whose_output_is_gone_is_the_only_one_that_runs_again(whole, copied):
+    drop(copied, "golden-1", "captions/sft-greedy.jsonl", "dpo-2/adapters.json")
+    run = run_toy(copied)
+    assert run.code == 0 and run.scripts == ["caption.py", "golden.py", "dpo.py"]
+    assert [Path(words[1]).name for words in told(run.said, "done:")] == [
+        "caption.py", "evaluate.py", "caption.py", "evaluate.py", "sft.py", "evaluate.py", "caption.py", "evaluate.py",
+        "qa_adapter.py", "evaluate.py", "dpo.py", *("caption.py", "evaluate.py") * 2, "qa_adapter.py", "golden.py",
+        "evaluate.py", *("caption.py", "evaluate.py") * 2]
+    assert figures_of(copied) == figures_of(whole.out)
+    for name in ("golden-1/golden.jsonl", "dpo-2/adapters.safetensors"):
+        assert (copied / name).read_bytes() == (whole.out / name).read_bytes()
+
+
+def test_what_another_command_made_is_not_taken_for_this_one_s(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_steps, "run_command", lambda command, *_: (tmp_path / "made").touch() or 0)
+    steps = Loop(tmp_path)
+    steps.run(tmp_path / "made", "sft.py", "--lr", "1e-3")
+    steps.run(tmp_path / "made", "sft.py", "--lr", "1e-3")
+    with pytest.raises(InputError, match=r"made: was made by another command, sft.py --lr 1e-3; delete it"):
+        steps.run(tmp_path / "made", "sft.py", "--lr", "2e-3")
+    (tmp_path / "made").unlink()
+    steps.run(tmp_path / "made", "sft.py", "--lr", "2e-3")
+    steps.run(tmp_path / "made", "sft.py", "--lr", "2e-3")
+
+
+def second_round_gone(out):
+    drop(out, "qa-2", "golden-2", "dpo-2", "captions/round-2-*", "scores/round-2-*", "scores/golden-2*", "results.json")
+
+
+def test_a_command_that_fails_ends_in_one_line_and_the_next_run_goes_on_from_there(whole, copied):
+    second_round_gone(copied)
+    run = run_toy(copied, here=Here(lambda script, argv: 3 if script == "golden.py" else None))
+    assert run.code == 1 and run.scripts == ["qa_adapter.py", "golden.py"]
+    line, = [line for line in run.errors.splitlines() if line.startswith("toy.py: ")]
+    assert "golden.py ended with 3" in line and run.errors.endswith(line + "\n")
+    assert not (copied / "results.json").exists()
+    again = run_toy(copied)
+    assert again.code == 0 and again.scripts == RUN_OF_A_ROUND[1:]
+    assert figures_of(copied) == figures_of(whole.out)
+    for name in ("dpo-2/adapters.safetensors", "golden-2/golden.jsonl"):
+        assert (copied / name).read_bytes() == (whole.out / name).read_bytes()
+
+
+def test_captions_cut_short_by_a_failure_are_not_taken_for_whole(whole, copied):
+    drop(copied, "captions/round-1-greedy.jsonl", "scores/round-1-greedy*")
+
+    def half(script, argv):
+        if script == "caption.py":
+            print('{"image": "00000.png", "caption": "red", "finish": "eos", "tokens": 2}')
+            return 1
+    run = run_toy(copied, here=Here(half))
+    assert run.code == 1 and run.scripts == ["caption.py"] and "caption.py ended with 1" in run.errors
+    assert not (copied / "captions/round-1-greedy.jsonl").exists()
+    assert run_toy(copied).scripts == ["caption.py", "evaluate.py"]
+    assert figures_of(copied) == figures_of(whole.out)
+
+
+def test_a_command_that_ends_well_without_its_file_is_no_success(copied):
+    drop(copied, "dpo-2/adapters.json")
+    run = run_toy(copied, here=Here(lambda script, argv: 0))
+    assert run.code == 1 and "dpo.py ended with 0" in run.errors and run.scripts == ["dpo.py"]
+
+
+def test_control_c_ends_with_130_and_the_next_run_goes_on(whole, copied):
+    second_round_gone(copied)
+
+    def stop(script, argv):
+        if script == "dpo.py":
             raise KeyboardInterrupt
-        return forward(*batch)
-
-    monkeypatch.setattr(toy_base, "weighted_loss", interrupted)
-    assert toy.main([*arguments, "--out", str(tmp_path / "stopped")]) == 130
-    assert not (tmp_path / "stopped/model.safetensors").exists()
-    assert toy.main([*arguments, "--out", str(tmp_path / "stopped")]) == 0
-    assert len(calls) == 4 + 4
-    for name in ("model.safetensors", "config.json", "qwen.tiktoken", "log.jsonl"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
-    model = QwenVL.from_pretrained(tmp_path / "whole")
-    assert model.config.visual.image_size == 32 and len((tmp_path / "whole/log.jsonl").read_text().splitlines()) == 6
+    run = run_toy(copied, here=Here(stop))
+    assert run.code == 130 and run.scripts[-1] == "dpo.py" and not (copied / "dpo-2").exists()
+    assert run_toy(copied).scripts == RUN_OF_A_ROUND[3:]
+    assert figures_of(copied) == figures_of(whole.out)
 
 
-@pytest.mark.parametrize("flag, value", [("--steps", "8"), ("--lr", "0.5"), ("--seed", "1")])
-def test_pretraining_does_not_go_on_with_other_arguments(tmp_path, capsys, flag, value):
-    arguments = ["pretrain", "--steps", "1", "--batch", "1", "--out", str(tmp_path)]
-    assert toy.main(arguments) == 0
-    before, _ = (tmp_path / "model.safetensors").read_bytes(), capsys.readouterr()
-    assert toy.main([*arguments, flag, value]) == 1
-    errors = capsys.readouterr().err
-    assert errors.count("\n") == 1 and f"another {flag} " in errors and f"now {value})" in errors
-    assert (tmp_path / "model.safetensors").read_bytes() == before
+@pytest.mark.parametrize("flag, value", [("--seed", 1), ("--captions", 9), ("--images", 7), ("--held-out", 5),
+                                         ("--samples", 2), ("--base", "elsewhere")])
+def test_a_run_with_other_arguments_in_the_folder_is_refused_by_name(copied, flag, value):
+    before = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
+    run = run_toy(copied, flag, value)
+    assert run.code == 1 and run.scripts == [] and run.errors.count("\n") == 1
+    shown = os.path.realpath(value) if flag == "--base" else value
+    assert run.errors.startswith("toy.py: ") and f"another {flag} " in run.errors and f"now {shown})" in run.errors
+    assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
 
 
-def test_a_packed_training_row_asks_for_what_follows_each_prompt(tmp_path):
-    world.write_vocabulary(tmp_path / "qwen.tiktoken")
-    model = toy_base.fresh_model(Tokenizer(tmp_path), 0)
-    scene = world.make_scene(3)
-    rows = toy_base.continuations(scene, 4, random.Random(0))
-    ids, branch, target, task = toy_base.pack(model, 6, rows)
-    decode = model.tokenizer.decode
-    for k, (name, prompt, answer) in enumerate(rows, 1):
-        own = [i for i, b in enumerate(branch) if b == k]
-        assert decode(ids[i] for i in own) == prompt + answer
-        asked = [i for i in own if target[i] >= 0]
-        assert decode(target[i] for i in asked) == answer + "<|endoftext|>"
-        names = [toy_base.TASK_NAMES[task[i]] for i in asked]
-        assert names == (["answer"] + ["reason"] * (len(asked) - 1) if name == "answer" else [name] * len(asked))
-    assert [name for name, _, _ in rows] == ["dense", "short"] + ["answer"] * 4 and branch.count(0) == 36
+def test_more_rounds_than_before_go_on_with_the_third(whole, copied):
+    run = run_toy(copied, "--rounds", 3)
+    assert run.code == 0 and run.scripts == RUN_OF_A_ROUND
+    assert run.here.commands[0][1][:2] == ["--init", str(copied / "dpo-2")]
+    found = figures_of(copied)
+    assert list(found)[-2:] == ["golden3", "round3"]
+    assert {name: found[name] for name in list(found)[:-2]} == figures_of(whole.out)
+    assert "round 3 against round 2: " in run.said
 
 
-def test_the_report_counts_right():
-    truth = {"facts": [{"text": "background gray", "kind": "background"},
-                       {"text": "top-left red ring", "kind": "object"},
-                       {"text": "top-right red ring", "kind": "object"}, {"text": "top-right stripes", "kind": "mark"}],
-             "planted": [{"text": "top-left stripes", "group": "warm"}, {"text": "top-left checks", "group": "warm"}]}
-    caption = ["background gray", "top-left red ring", "top-left stripes", "top-left red ring"]
-    found = toy_base.caption_report([caption], [truth])
-    assert found["precision"] == {"all": [0.667, 3], "mark": [0.0, 1]}
-    assert found["recall"] == {"all": [0.5, 4], "background": [1.0, 1], "object": [0.5, 2], "mark": [0.0, 1]}
-    assert found["mark invented on"] == {"warm": [1.0, 1], "cold": [0.0, 0]}
+@pytest.mark.parametrize("name", ["rounds", "captions", "images", "held-out", "samples", "processes"])
+def test_a_size_below_one_is_refused(capsys, name):
+    with pytest.raises(SystemExit) as stop:
+        toy.parse_args([f"--{name}", "0"])
+    assert stop.value.code == 2 and f"--{name} must be at least 1" in capsys.readouterr().err
 
 
-def test_a_missing_base_is_one_line(capsys, tmp_path):
-    assert toy.main(["report", "--base", str(tmp_path)]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("toy.py: ") and error.count("\n") == 1
+@pytest.mark.parametrize("argv", [["--seed", "5", "report"], ["--out", "mine", "claims", "--table"]])
+def test_flags_before_a_command_are_refused_where_they_would_mean_nothing(capsys, argv):
+    with pytest.raises(SystemExit) as stop:
+        toy.parse_args(argv)
+    assert stop.value.code == 2 and f"flags of {argv[2]} stand after it" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- the shipped base
-def test_the_shipped_base_is_small_and_its_captions_are_mostly_right():
-    assert sum(p.stat().st_size for p in SHIPPED.rglob("*") if p.is_file()) <= 5_000_000
-    model = QwenVL.from_pretrained(SHIPPED)
-    rows = [json.loads(line) for line in (SHIPPED / "examples/truth.jsonl").read_text().splitlines()]
-    pixels = torch.stack([views(open_image(SHIPPED / "examples" / row["image"]), 32) for row in rows])
-    said = [(text, {fact["text"] for fact in row["facts"]}) for row, (result,) in
-            zip(rows, sample(model, pixels, [row["image"] for row in rows], 1, temperature=0))
-            for text in world.statements(result["caption"])]
-    assert len(said) >= len(rows)
-    assert np.mean([text in true for text, true in said]) >= 0.8
+# ---------------------------------------------------------------- who may see the truth
+def test_only_evaluate_py_opens_a_file_of_the_truth(whole):
+    def inside(folder):
+        return {script for script, file in whole.opened if Path(file).is_relative_to(whole.out / folder)}
+    assert inside("truth") == {"evaluate.py"}
+    assert inside("data/held-out") == {"caption.py"}
+    assert inside("data/train") == {"sft.py", "qa_adapter.py"} and inside("data/images-1") == {"golden.py", "dpo.py"}
 
 
-def test_the_shipped_base_sees_the_mark_in_six_views_and_invents_it_in_one(capsys):
-    """A small run of `toy.py report`, far from the edge of its figures in the README."""
-    assert toy.main(["report", "--base", str(SHIPPED), "--scenes", "40"]) == 0
-    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if not line.startswith("{"))
-    figures = {name: json.loads(value) for name, value in lines.items()}
-    assert figures["six views, precision"]["mark"][0] > 0.9 and figures["six views, recall"]["mark"][0] > 0.9
-    assert figures["one low-resolution view, mark invented on"]["warm"][0] > 0.6
-    assert figures["six views, mark invented on"]["warm"][0] < 0.1
-    assert figures["six views, yes/no"]["wrong shape"][0] > 0.7
-    assert figures["close-ups, marks at even odds"]["mark told"][0] > 0.95
+def test_without_the_truth_every_stage_leaves_the_same_bytes_and_evaluate_py_one_line(whole, tmp_path, capfd):
+    """The commands of the whole run again, in a folder that has the data of the loop, and no truth."""
+    out, n_compared = tmp_path / "out" / "toy", 0
+    shutil.copytree(whole.out / "data", out / "data")
+    assert not list(out.rglob("*truth*"))
+    blind = Here()
+    for (script, argv), printed in zip(whole.here.commands, told(whole.said, "$")):
+        argv = [part.replace(str(whole.out), str(out)) for part in argv]
+        capfd.readouterr()
+        said = io.StringIO()
+        code = blind([sys.executable, str(CODE / script), *argv], stdout=said)
+        if script == "evaluate.py":
+            error = capfd.readouterr().err
+            assert code == 1 and error.startswith("evaluate.py: ") and error.count("\n") == 1 and "truth" in error
+            continue
+        assert code == 0
+        mine = Path(printed[-1].replace(str(whole.out), str(out)))
+        if script == "caption.py":
+            mine.parent.mkdir(exist_ok=True)
+            mine.write_text(said.getvalue())
+        flags = dict(pairwise(argv))
+        files = [mine] if script == "caption.py" else [Path(flags["--out"]) / name for name in (
+            ("golden.jsonl", "record.jsonl") if script == "golden.py" else ("adapters.safetensors",))]
+        for file in files:
+            expected = Path(str(file).replace(str(out), str(whole.out))).read_text("latin-1")
+            assert file.read_text("latin-1").replace(str(out), str(whole.out)) == expected, file
+            n_compared += 1
+    assert n_compared == 8 + 1 + 2 * (1 + 2 + 1)
 
 
-def test_a_folder_that_is_no_base_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"config\.json"):
-        QwenVL.from_pretrained(tmp_path)
+def test_the_held_out_folder_holds_nothing_but_pictures(whole):
+    for name, others in (("held-out", []), ("images-1", []), ("train", ["captions.jsonl", "questions.jsonl"])):
+        files = sorted(path.name for path in (whole.out / "data" / name).rglob("*"))
+        pictures = [file for file in files if file.endswith(".png")]
+        assert sorted(set(files) - set(pictures)) == others
+        size = {"train": "--captions", "held-out": "--held-out"}.get(name, "--images")
+        assert len(pictures) == SIZES[size]
+        for file in pictures:
+            with Image.open(whole.out / "data" / name / file) as picture:
+                assert not picture.info         # a picture's own text could tell, too
+
+
+def test_captions_to_learn_from_are_true_and_incomplete(tmp_path):
+    folder, truth = make_split(tmp_path, "train", 60, 0, ("captions", "questions"))
+    known = {row["image"]: {fact["text"] for fact in row["facts"]} for row in toy.toy_rows(truth)}
+    rows = stages.read_rows(folder / "captions.jsonl")
+    assert [row["image"] for row in rows] == sorted(known)
+    assert all(set(row) == {"image", "caption"} for row in rows)
+    told = {row["image"]: world.statements(row["caption"]) for row in rows}
+    for image, statements in told.items():
+        assert 2 <= len(set(statements)) == len(statements) and set(statements) <= known[image]
+    shares = [len(told[image]) / len(known[image]) for image in known]
+    assert 0.4 < np.mean(shares) < 0.75 and np.mean([share < 1 for share in shares]) > 0.8
+
+
+def test_a_drawing_that_was_interrupted_is_done_again(tmp_path, monkeypatch):
+    write_rows = world.write_rows
+
+    def stop(path, rows, folder):
+        write_rows(path, rows, folder)
+        raise KeyboardInterrupt         # after the first file of several
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(world, "write_rows", stop)
+        make_split(tmp_path, "train", 3, 0, ("captions",))
+    (tmp_path / "data/train/00001.png").write_bytes(b"half")
+    folder, truth = make_split(tmp_path, "train", 3, 0, ("captions",))
+    assert len(toy.toy_rows(truth)) == 3 and (folder / "00001.png").stat().st_size > 1000
+    (folder / "00001.png").unlink()
+    make_split(tmp_path, "train", 3, 0, ("captions",))          # what is there is not drawn again
+    assert not (folder / "00001.png").exists()
+
+
+# ---------------------------------------------------------------- the table, what was gained, the sheet
+def test_values_stand_in_their_cells_of_the_table():
+    def figures(first):
+        return {key: first + k / 100 for k, key in enumerate(toy.COLUMNS)}
+    results = {"sft": {"greedy": {**figures(.1), "statements": 12.34, "planted": None}, "sampled": figures(.2)},
+               "golden1": {"sampled": figures(.3), "single": figures(.4), "union": figures(.5),
+                           "gate": {"precision": .876, "recall": .765, "base_rate": .654}}}
+    head, *rows, gate = toy.table(results)
+    assert re.split(r"  +", head.strip()) == ["P", "R", "F1", "detail P", "detail R", "planted", "ends", "repeats", "statements"]
+    assert [line.split() for line in rows] == [
+        ["sft", "greedy", "0.100", "0.110", "0.120", "0.130", "0.140", "-", "0.160", "0.170", "12.3"],
+        ["sft", "sampled", "0.200", "0.210", "0.220", "0.230", "0.240", "0.250", "0.260", "0.270", "0.3"],
+        ["golden1", "golden", "0.300", "0.310", "0.320", "0.330", "0.340", "0.350", "0.360", "0.370", "0.4"],
+        ["golden1", "single", "0.400", "0.410", "0.420", "0.430", "0.440", "0.450", "0.460", "0.470", "0.5"],
+        ["golden1", "union", "0.500", "0.510", "0.520", "0.530", "0.540", "0.550", "0.560", "0.570", "0.6"]]
+    ends = [match.end() for match in re.finditer(r"\S+(?: \S+)?(?=  |$)", head)]
+    for line in rows:                   # each value ends below its title
+        assert [match.end() for match in re.finditer(r"\S+", line)][2:] == ends
+    assert gate.startswith("golden1: ") and re.findall(r"0\.\d+", gate) == ["0.876", "0.765", "0.654"]
+
+
+@pytest.fixture
+def judged(tmp_path):
+    """Six held-out scenes with captions of two captioners, the second better at being complete, worse at being true."""
+    images, truth = make_split(tmp_path, "held-out", 6, 0, ())
+    (tmp_path / "captions").mkdir()
+    rows = toy.toy_rows(truth)
+    for way in ("greedy", "sampled"):
+        for name, most, wrong in (("sft", 2, ()), ("round-1", 4 if way == "greedy" else 3, ("top-left pink cow",))):
+            said = [{"image": str(images / row["image"]), "finish": "eos", "tokens": 9,
+                     "caption": ", ".join([*(fact["text"] for fact in row["facts"][:most]), *(wrong if k < 3 else ()),
+                                           *row["also_true"][:1]])}
+                    for k, row in enumerate(rows)]
+            stages.write_rows(tmp_path / f"captions/{name}-{way}.jsonl", said)
+    return SimpleNamespace(out=tmp_path, images=images, truth=truth)
+
+
+def test_what_a_round_gained_is_evaluate_py_s_difference(judged):
+    text = toy.gains(judged.out, "sft", "round-1", judged.truth)
+    parts = re.findall(r"(greedy|sampled) (P|R|F1) ([+-]\S+) \[([+-]\S+), ([+-][.\d]+)\]", text)
+    assert [part[:2] for part in parts] == [(way, name) for way in ("greedy", "sampled") for name in ("P", "R", "F1")]
+    truth = toy.toy_rows(judged.truth)
+    for way, name, *numbers in parts:
+        key = {"P": "precision", "R": "recall", "F1": "f1"}[name]
+        before, after = (toy.read_captions(judged.out, which, way) for which in ("sft", "round-1"))
+        expected = scoring.difference(before, after, truth, key)
+        assert [float(number) for number in numbers] == pytest.approx(expected, abs=0.00051)
+        change = scoring.score(after, truth)[key] - scoring.score(before, truth)[key]
+        assert float(numbers[0]) == pytest.approx(change, abs=0.00051) and abs(change) > 0.01
+        assert (change > 0) == (name != "P")
+
+
+def red(out, first=0, last=None):
+    """Reddish pixels in the written part of some rows of pixels of a sheet."""
+    pixels = np.asarray(Image.open(out / "sheet.png").convert("RGB")).astype(int)[first:last, 216:]
+    return int(((pixels[..., 0] - pixels[..., 1] > 60) & (pixels[..., 0] - pixels[..., 2] > 60)).sum())
+
+
+def test_the_sheet_writes_wrong_statements_in_red_beside_their_picture(judged):
+    toy.sheet(judged.out, judged.images, judged.truth, "sft", "round-1", n=6)
+    height = 192 + 16
+    assert [red(judged.out, k * height, (k + 1) * height) > 50 for k in range(6)] == [True] * 3 + [False] * 3
+    toy.sheet(judged.out, judged.images, judged.truth, "sft", "sft", n=6)
+    assert red(judged.out) == 0
+
+
+def test_the_sheet_shows_the_pictures_in_order_and_what_is_missing_in_grey(judged):
+    toy.sheet(judged.out, judged.images, judged.truth, "sft", "sft", n=6)
+    sheet = Image.open(judged.out / "sheet.png")
+    for k in range(6):
+        shown = np.asarray(sheet.crop((8, k * 208 + 8, 200, k * 208 + 200)))
+        picture = Image.open(judged.images / f"{k:05d}.png")
+        assert np.array_equal(shown[1::3, 1::3], np.asarray(picture))
+
+    def grey(name):
+        toy.sheet(judged.out, judged.images, judged.truth, name, name, n=6)
+        pixels = np.asarray(Image.open(judged.out / "sheet.png"))[:, 216:]
+        return int((pixels == 0x99).all(-1).sum())
+    rows = toy.toy_rows(judged.truth)
+    stages.write_rows(judged.out / "captions/full-sampled.jsonl", [{"image": row["image"], "caption": ", ".join(
+        fact["text"] for fact in row["facts"])} for row in rows])
+    assert grey("sft") > 3 * grey("full")           # of which only the labels have some

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import shorthand
-import toy_world as world
-from shorthand import (
+from plumbing import rules
+from plumbing.rules import (
     MOST_QUESTIONS,
     Unreadable,
     combine_rule,
@@ -21,6 +20,7 @@ from shorthand import (
     statements,
     triplets_rule,
 )
+from toy_world import world
 
 WORDS = st.sampled_from(["dog", "cat", "red", "ring", "picture", "view", "black-and-white", "3", "Éclair", "and", "image"])
 PHRASES = st.lists(WORDS, min_size=1, max_size=4).map(" ".join)
@@ -65,7 +65,7 @@ def test_statements_of_statements_are_the_same(text):
 
 
 def test_clean_gives_no_text_for_what_is_none():
-    assert [shorthand.clean(value) for value in (None, 3, ["a"], {"a": 1}, " a \n b ")] == ["", "", "", "", "a b"]
+    assert [rules.clean(value) for value in (None, 3, ["a"], {"a": 1}, " a \n b ")] == ["", "", "", "", "a b"]
 
 
 # ---------------------------------------------------------------- rewrite
@@ -82,7 +82,7 @@ PUNCTUATION = st.sampled_from([". ", ", ", "; ", ": ", "! ", "? ", "\n", ".\n\n"
 @some
 @given(st.lists(st.tuples(st.sampled_from(FILLERS), PHRASES, PUNCTUATION), min_size=1, max_size=6))
 def test_rewrite_drops_filler_and_keeps_what_follows_word_for_word(clauses):
-    assume(not any(shorthand.FILLER.match(f"{phrase} ") for _, phrase, _ in clauses))
+    assume(not any(rules.FILLER.match(f"{phrase} ") for _, phrase, _ in clauses))
     caption = "".join(filler + phrase + end for filler, phrase, end in clauses)
     assert statements(rewrite_rule(caption)) == statements(", ".join(phrase for _, phrase, _ in clauses))
 
@@ -183,7 +183,7 @@ def test_combine_groups_contradictions_about_one_place_and_nothing_else():
 def test_combine_never_groups_what_is_at_no_place_or_alone(captions):
     rows = combine_rule(captions)
     for row in rows:
-        if row["text"].split()[0].casefold() not in shorthand.PLACES:
+        if row["text"].split()[0].casefold() not in rules.PLACES:
             assert row["group"] is None
         mates = [other for other in rows if other["group"] == row["group"] is not None]
         assert len(mates) != 1

@@ -5,9 +5,9 @@ import io
 import json
 import random
 
-from chunking import open_image
-from common import write_whole
-from loading import InputError
+from plumbing.errors import InputError
+from plumbing.images import open_image
+from plumbing.train import write_whole
 
 ROWS = 100
 THUMBNAIL = 320             # pixels of the longer side

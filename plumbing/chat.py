@@ -19,8 +19,9 @@ from pathlib import Path
 
 import torch
 
-from loading import InputError, usual_dtype
-from shorthand import Unreadable
+from plumbing.errors import InputError
+from plumbing.rules import Unreadable
+from plumbing.weights import usual_dtype
 
 READINGS = 3            # times a reply is asked for that cannot be read
 TRIES = 6               # times a request is sent that fails on its way

@@ -13,12 +13,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from plumbing.errors import InputError
+
 # Stored by some revisions, computed at run time by all: the only names that may be left over.
 COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias)$")
-
-
-class InputError(ValueError):
-    """A mistake of the user's or of a file, told in one line with the remedy; scripts print it without a traceback."""
 
 
 # ---------------------------------------------------------------- where it is
@@ -94,6 +92,31 @@ def tensors(path):
 
 def is_plain(tensor):
     return isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+
+
+# ---------------------------------------------------------------- its configuration
+def read_config(path):
+    """A checkpoint's config.json as a dict. InputError for another architecture, or one this code does not compute."""
+    wants = "this code runs Qwen/Qwen-VL (the 2023 float model, or a folder in its layout)"
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as a model configuration ({error}); {wants}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: is not a JSON object; {wants}")
+    kind = raw.get("model_type", "qwen")
+    if kind != "qwen" or not isinstance(raw.get("visual"), dict):
+        names = raw.get("architectures")
+        name = names[0] if isinstance(names, list) and names else kind
+        lacks = " without a vision tower" if kind == "qwen" else ""
+        raise InputError(f"{path}: is a {' '.join(str(name).split())} model{lacks}; {wants}")
+    if quantised := raw.get("quantization_config"):
+        method = quantised.get("quant_method", "quantized") if isinstance(quantised, dict) else quantised
+        raise InputError(f"{path}: is an Int4/{str(method).upper()} checkpoint; {wants}")
+    for key, value in (("rotary_pct", 1.0), ("tie_word_embeddings", False), ("scale_attn_weights", True)):
+        if raw.get(key, value) != value:
+            raise InputError(f"{path}: {key} is {raw[key]}, only {value} is supported; {wants}")
+    return raw
 
 
 # ---------------------------------------------------------------- whether it fits

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from common import write_whole
 from model import CAPTION_PROMPT
-from shorthand import question_of as ask
+from plumbing.rules import question_of as ask
+from plumbing.train import write_whole
 
 SIDE = 64                                                   # of a scene; a view is half of it
 PLACES = {"top-left": (16, 16), "top-right": (48, 16), "bottom-left": (16, 48), "bottom-right": (48, 48)}

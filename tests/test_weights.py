@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import loading
-from model import InputError, QwenVL
+from model import QwenVL
+from plumbing import weights
+from plumbing.errors import InputError
 
 NAME = "transformer.h.0.attn.c_attn.weight"
 
@@ -252,9 +253,9 @@ def test_a_device_that_is_not_there(tiny_base, device):
 
 
 def test_a_model_that_does_not_fit_says_both_numbers_and_the_way_out(tiny_base, monkeypatch):
-    monkeypatch.setattr(loading, "free_bytes", lambda device: 10 ** 6)
+    monkeypatch.setattr(weights, "free_bytes", lambda device: 10 ** 6)
     refused(tiny_base, r"needs 0\.0 GB as float32 on cpu, 0\.0 GB are free; try --dtype bfloat16")
-    monkeypatch.setattr(loading, "free_bytes", lambda device: None)
+    monkeypatch.setattr(weights, "free_bytes", lambda device: None)
     assert QwenVL.from_pretrained(tiny_base).fingerprint
 
 
@@ -262,20 +263,21 @@ def test_a_model_that_does_not_fit_is_not_fetched(tiny_base, monkeypatch):
     asked = []
     monkeypatch.setattr("huggingface_hub.snapshot_download",
                         lambda name, allow_patterns: asked.append(allow_patterns) or str(tiny_base))
-    monkeypatch.setattr(loading, "free_bytes", lambda device: 10 ** 6)
+    monkeypatch.setattr(weights, "free_bytes", lambda device: 10 ** 6)
     refused("Qwen/Qwen-VL", "needs 0.0 GB")
     assert asked == [["config.json", "qwen.tiktoken", "*.index.json"]]
 
 
 def test_free_memory_is_read_from_the_system():
-    free = loading.free_bytes(torch.device("cpu"))
+    free = weights.free_bytes(torch.device("cpu"))
     assert free is None or 10 ** 7 < free < 10 ** 14
 
 
 MEASURE = """
 import resource, sys, torch
 sys.path.insert(0, {project!r})
-import loading, model
+from plumbing import weights
+import model
 reads = []
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 made = model.QwenVL.from_pretrained({base!r}, {dtype})
@@ -290,7 +292,7 @@ def test_peak_memory_is_at_most_the_model_and_one_shard(tmp_path, kind):
     base = split_into_shards(write_tiny_base(tmp_path / "base", vocab_size=160_000), kind)
     shard = max(path.stat().st_size for path in base.glob(f"*.{kind}"))
     for dtype in ("torch.float32", "torch.bfloat16"):
-        code = MEASURE.format(project=str(Path(loading.__file__).parent), base=str(base), dtype=dtype)
+        code = MEASURE.format(project=str(Path(weights.__file__).parent.parent), base=str(base), dtype=dtype)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         size, grown = map(int, done.stdout.split())
         assert grown < size + shard + 30e6, (kind, dtype, size, shard, grown)

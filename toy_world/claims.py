@@ -19,9 +19,9 @@ import statistics
 import sys
 from pathlib import Path
 
-from common import write_whole
-from loading import InputError
-from toy_experiments import (
+from plumbing.errors import InputError
+from plumbing.train import write_whole
+from toy_world.experiments import (
     Lab,
     both_f1,
     context,

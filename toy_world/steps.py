@@ -8,10 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-import toy_world as world
-from loading import InputError
+from plumbing.errors import InputError
+from toy_world import world
 
-CODE = Path(__file__).resolve().parent
+CODE = Path(__file__).resolve().parent.parent
 SFT = ("--epochs", "3", "--lr", "2e-3")
 QA = ("--max-steps", "60", "--lr", "1e-3")
 DPO = ("--epochs", "1", "--lr", "2e-3")

@@ -18,10 +18,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import dataset
-from adapters import folder_hash
-from loading import InputError, usable_device
-from model import LOGITS_AT_ONCE
+from plumbing import data
+from plumbing.errors import InputError
+from plumbing.weights import usable_device
 
 MAX_SKIPPED = 5             # steps in a row without a finite gradient before a run stops
 
@@ -198,11 +197,6 @@ def plain(args):
     return {key: value if isinstance(value, kept) else str(value) for key, value in vars(args).items()}
 
 
-def lineage(init):
-    """Which adapter folder a run started from, and the hash of its tensors; nothing for a fresh start."""
-    return {"parent": str(init), "parent_hash": folder_hash(init)} if init else {"parent": None, "parent_hash": None}
-
-
 # ---------------------------------------------------------------- checkpoints, log, signals
 def without_nan(value):
     """A value that JSON can hold, with None for NaN and infinities, which JSON lacks."""
@@ -303,27 +297,9 @@ class Stop:
 
 
 # ---------------------------------------------------------------- the loop
-def memory_estimate(model, trained, ranks, rows, tokens):
-    """Bytes that a card will need for micro-batches of `rows` sequences of `tokens` with six views each.
-
-    Weights, gradients and this rank's moments of what trains; one kept activation per block (the others are computed
-    again), and the widest block while it is.
-    """
-    config, vision = model.config, model.config.visual
-    size = model.lm_head.weight.element_size()
-    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    learning = sum(p.numel() for p in trained.values()) * (4 + 8 / ranks.world)
-    patches = rows * 6 * (vision.image_size // vision.patch_size) ** 2
-    kept = patches * vision.width * vision.layers + rows * tokens * config.hidden_size * config.num_hidden_layers
-    widest = max(patches * vision.width * (4 + 2 * vision.mlp_ratio) * 2,
-                 rows * tokens * (8 * config.hidden_size + 3 * config.intermediate_size)) * size
-    logits = 3 * LOGITS_AT_ONCE * config.vocab_size * 4
-    return int(weights + learning + kept * size + widest + logits)
-
-
 def announce(what, model, trained, ranks, micro_batch):
     """What a stage took over and will need, on stderr."""
-    need = memory_estimate(model, trained, ranks, micro_batch, model.config.seq_length)
+    need = model.training_bytes(trained, ranks.world, micro_batch)
     print(f"{what}\n{sum(p.numel() for p in trained.values()):,} parameters train; a card will need about "
           f"{need / 2 ** 30:.2f} GiB", file=sys.stderr)
 
@@ -339,12 +315,12 @@ def fit(args, ranks, policy, optimizer, rows, make, weigh, loss_of, validate, ru
     steps = args.max_steps or math.ceil(args.epochs * len(rows) / args.batch)
     first = load_checkpoint(args.out, run, optimizer)
     log, stop, broken, skipped, in_all = Log(args.out, first, ranks), Stop(), {}, 0, 0
-    batches = dataset.MicroBatches(len(rows), args.batch, args.micro_batch, first, steps, args.seed, ranks)
-    supply = iter(dataset.loader(rows, make, batches, args.workers))
+    batches = data.MicroBatches(len(rows), args.batch, args.micro_batch, first, steps, args.seed, ranks)
+    supply = iter(data.loader(rows, make, batches, args.workers))
     parameters = list(optimizer.trained.values())
     for step in tqdm(range(first, steps), initial=first, total=steps, unit="step", disable=not ranks.is_master):
         began = time.perf_counter()
-        found = [dataset.good_rows(next(supply), broken) for _ in range(batches.per_step)]
+        found = [data.good_rows(next(supply), broken) for _ in range(batches.per_step)]
         weight, = ranks.sum(sum(map(weigh, found)))
         if prepare:
             prepare([example for examples in found for example in examples])

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import toy_world as world
 from chunking import normalise, views
 from generate import greedy, yes_probability
-from loading import write_base
-from model import CAPTION_PROMPT, Config, QwenVL, Tokenizer, VisionConfig
+from model import CAPTION_PROMPT, Config, QwenVL, VisionConfig
+from plumbing.tokenizer import Tokenizer
+from plumbing.weights import write_base
+from toy_world import world
 
 VIEW = world.SIDE // 2          # pixels of a view's side: close-ups keep their full resolution in it
 REPORT_BATCH = 50

@@ -12,8 +12,8 @@ from itertools import chain
 
 from tqdm import tqdm
 
-from common import write_whole
-from loading import InputError
+from plumbing.errors import InputError
+from plumbing.train import write_whole
 
 
 def check_settings(out, ranks, passes, settings):

@@ -13,21 +13,21 @@ import pytest
 import stages
 import torch
 from safetensors.torch import load_file
-from test_toy_loop import FEW, Here, running
+from test_toy import FEW, Here, running
 
 import adapters
 import chunking
 import golden
 import toy
-import toy_base
-import toy_claims
-import toy_experiments
-import toy_steps
-import toy_world as world
-from loading import InputError
-from toy_claims import CLAIMS, beats, collapsed, collect, each, table, verdict
-from toy_experiments import ARMS, BETAS, HEATS, KEPT, LAYOUTS, Lab
-from toy_steps import CODE
+from plumbing.errors import InputError
+from toy_world import base as toy_base
+from toy_world import claims as toy_claims
+from toy_world import experiments as toy_experiments
+from toy_world import steps as toy_steps
+from toy_world import world
+from toy_world.claims import CLAIMS, beats, collapsed, collect, each, table, verdict
+from toy_world.experiments import ARMS, BETAS, HEATS, KEPT, LAYOUTS, Lab
+from toy_world.steps import CODE
 
 JUDGED = {f"{way} {key}" for way in ("greedy", "sampled") for key in KEPT}
 

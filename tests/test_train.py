@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 
 import adapters
-import common
-import dataset
-from common import Ranks, ShardedAdamW, Stop
-from dataset import MicroBatches
-from model import Config, InputError, QwenVL
+import plumbing.data
+import plumbing.train
+from model import Config, QwenVL
+from plumbing.data import MicroBatches
+from plumbing.errors import InputError
+from plumbing.train import Ranks, ShardedAdamW, Stop
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -32,7 +33,7 @@ def ranks_of(world):
 
 # ---------------------------------------------------------------- arguments
 def parser():
-    p = common.stage_parser("A stage.", out="out/x", data="x.jsonl", rows="rows", lr=1e-3, batch=8, epochs=1.0)
+    p = plumbing.train.stage_parser("A stage.", out="out/x", data="x.jsonl", rows="rows", lr=1e-3, batch=8, epochs=1.0)
     p.add_argument("--init", type=Path)
     return p
 
@@ -45,7 +46,7 @@ def parser():
     ("--dtype int8", "--dtype"), ("--colour", "--colour")])
 def test_nonsense_is_refused_in_a_line(argv, expected_word, capsys):
     with pytest.raises(SystemExit) as stop:
-        common.checked(parser(), argv.split())
+        plumbing.train.checked(parser(), argv.split())
     message = capsys.readouterr().err.split("error: ")[1]
     assert stop.value.code == 2 and message.count("\n") == 1 and expected_word in message
 
@@ -53,20 +54,20 @@ def test_nonsense_is_refused_in_a_line(argv, expected_word, capsys):
 def test_a_mistake_is_one_line_of_the_first_rank_and_a_bug_is_not_hidden(capsys, monkeypatch):
     def mistaken(ranks):
         raise InputError("x.jsonl: is not there")
-    assert common.run_stage("sft.py", "cpu", mistaken) == 1
+    assert plumbing.train.run_stage("sft.py", "cpu", mistaken) == 1
     assert capsys.readouterr().err == "sft.py: x.jsonl: is not there\n"
-    monkeypatch.setattr(common, "start_ranks", lambda device, patient: ranks_of(2)[1])
+    monkeypatch.setattr(plumbing.train, "start_ranks", lambda device, patient: ranks_of(2)[1])
     monkeypatch.setattr(Ranks, "close", lambda self: None)
-    assert common.run_stage("sft.py", "cpu", mistaken) == 1
+    assert plumbing.train.run_stage("sft.py", "cpu", mistaken) == 1
     assert capsys.readouterr().err == ""
-    assert common.run_stage("golden.py", "cpu", mistaken, patient=True) == 1       # such ranks make mistakes of their own
+    assert plumbing.train.run_stage("golden.py", "cpu", mistaken, patient=True) == 1       # such ranks make mistakes of their own
     assert capsys.readouterr().err == "golden.py: x.jsonl: is not there\n"
     with pytest.raises(ZeroDivisionError):
-        common.run_stage("sft.py", "cpu", lambda ranks: 1 / 0)
+        plumbing.train.run_stage("sft.py", "cpu", lambda ranks: 1 / 0)
 
 
 def test_a_device_that_is_not_there_is_one_line(capsys):
-    assert common.run_stage("sft.py", "cuda:99", lambda ranks: 0) == 1
+    assert plumbing.train.run_stage("sft.py", "cuda:99", lambda ranks: 0) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "--device cuda:99" in err
 
@@ -84,7 +85,7 @@ def test_jsonl_imagefolder_and_texts_beside_read_the_same(images):
     expected = [{"image": images / name, "caption": " ".join(text.split())} for name, text in captions.items()]
 
     def read(data):
-        rows, bad = dataset.read_captions(data)
+        rows, bad = plumbing.data.read_captions(data)
         assert bad == []
         return [{key: row[key] for key in ("image", "caption")} for row in rows]
 
@@ -114,13 +115,13 @@ def test_bad_rows_are_told_with_file_and_line(images, capsys):
         {"image": "", "caption": "x"}, {"image": "a\0b.png", "caption": "x"}, '{"image": "a.png", "caption": "\ufeff',
         {**good, "caption": "blue"}])
     path.write_bytes(path.read_bytes() + b'{"image": "a.png", "caption": "\xff"}\n')
-    rows, bad = dataset.read_captions(path)
+    rows, bad = plumbing.data.read_captions(path)
     assert [row["caption"] for row in rows] == ["red", "blue"]
     expected = {2: "JSON", 3: "no caption", 5: "no caption", 6: "none.png is not there", 7: "JSON", 8: "JSON",
                 9: "no caption", 10: "JSON", 11: "JSON", 12: "not there", 13: "not there", 14: "JSON", 16: "JSON"}
     assert [where for where, _ in bad] == [f"{path}:{line}" for line in expected]
     assert all(word in reason for (_, reason), word in zip(bad, expected.values()))
-    dataset.tell_bad("sft.py", bad)
+    plumbing.data.tell_bad("sft.py", bad)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith(f"sft.py: left out: {path}:2: ") and lines[-1] == "sft.py: left out: 3 more"
     assert len(lines) == 11
@@ -131,41 +132,41 @@ def test_bad_rows_are_told_with_file_and_line(images, capsys):
 def test_no_row_ends_a_run(images, row):
     """Python's JSON reader and Path.is_file raise their own errors for these."""
     path = stages.write_rows(images / "rows.jsonl", [{"image": "a.png", "caption": "red"}, row])
-    rows, bad = dataset.read_captions(path)
+    rows, bad = plumbing.data.read_captions(path)
     assert len(rows) == 1 and [where for where, _ in bad] == [f"{path}:2"]
 
 
 def test_data_without_a_usable_row_is_an_error(images):
     with pytest.raises(InputError, match="no usable"):
-        dataset.read_captions(images)                        # no text beside any of the three
+        plumbing.data.read_captions(images)                        # no text beside any of the three
     path = stages.write_rows(images / "rows.jsonl", ["{", {"image": "a.png", "caption": ""}])
     with pytest.raises(InputError, match=r"no usable .*; the first of 2 bad .*rows\.jsonl:1: "):
-        dataset.read_captions(path)
+        plumbing.data.read_captions(path)
     with pytest.raises(InputError, match="cannot be read") as error:
-        dataset.read_captions(images / "nowhere.jsonl")
+        plumbing.data.read_captions(images / "nowhere.jsonl")
     assert "\n" not in str(error.value)
 
 
 def test_the_held_out_part_is_whole_images(images):
     rows = [{"image": images / f"{k % 10}.png", "n": k} for k in range(40)]
-    train, held = dataset.split(rows, 0.2, seed=0)
+    train, held = plumbing.data.split(rows, 0.2, seed=0)
     theirs = {row["image"] for row in held}
     assert len(theirs) == 2 and len(held) == 8 and not theirs & {row["image"] for row in train}
     assert sorted(row["n"] for row in train + held) == list(range(40)) and [r["n"] for r in train] == sorted(
         row["n"] for row in train)
-    assert dataset.split(rows, 0.2, seed=0) == (train, held)
-    assert dataset.split(list(reversed(rows)), 0.2, seed=0)[1] == list(reversed(held))      # whatever their order
-    assert any(dataset.split(rows, 0.2, seed)[1] != held for seed in range(1, 5))
-    assert dataset.split(rows, 0, seed=0) == (rows, [])
-    assert len({row["image"] for row in dataset.split(rows, 1e-9, seed=0)[1]}) == 1         # asked for, so at least one
-    assert dataset.split(rows[:1], 0.5, seed=0) == (rows[:1], [])                            # but training comes first
-    assert {row["image"] for row in dataset.split(rows, 0.999, seed=0)[0]} != set()
+    assert plumbing.data.split(rows, 0.2, seed=0) == (train, held)
+    assert plumbing.data.split(list(reversed(rows)), 0.2, seed=0)[1] == list(reversed(held))      # whatever their order
+    assert any(plumbing.data.split(rows, 0.2, seed)[1] != held for seed in range(1, 5))
+    assert plumbing.data.split(rows, 0, seed=0) == (rows, [])
+    assert len({row["image"] for row in plumbing.data.split(rows, 1e-9, seed=0)[1]}) == 1         # asked for, so at least one
+    assert plumbing.data.split(rows[:1], 0.5, seed=0) == (rows[:1], [])                            # but training comes first
+    assert {row["image"] for row in plumbing.data.split(rows, 0.999, seed=0)[0]} != set()
 
 
 # ---------------------------------------------------------------- batches
 @pytest.mark.parametrize("n_rows, batch", [(10, 4), (3, 8), (1, 2), (7, 7)])
 def test_every_epoch_takes_every_row_once_in_an_order_of_its_own(n_rows, batch):
-    steps = [dataset.step_rows(n_rows, batch, step, seed=0) for step in range(5 * n_rows)]
+    steps = [plumbing.data.step_rows(n_rows, batch, step, seed=0) for step in range(5 * n_rows)]
     assert all(len(rows) == batch for rows in steps)
     taken = [row for rows in steps for row in rows]
     assert [epoch for _, epoch in taken] == [k // n_rows for k in range(len(taken))]
@@ -173,8 +174,8 @@ def test_every_epoch_takes_every_row_once_in_an_order_of_its_own(n_rows, batch):
     assert all(sorted(order) == list(range(n_rows)) for order in orders)
     assert n_rows < 7 or len(set(orders)) > 3
     random.seed(1)                                          # and no other state matters
-    assert dataset.step_rows(n_rows, batch, 3, seed=0) == steps[3]
-    assert n_rows < 7 or dataset.step_rows(n_rows, batch, 0, seed=1) != steps[0]
+    assert plumbing.data.step_rows(n_rows, batch, 3, seed=0) == steps[3]
+    assert n_rows < 7 or plumbing.data.step_rows(n_rows, batch, 0, seed=1) != steps[0]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 6])
@@ -187,7 +188,7 @@ def test_ranks_share_a_step_without_gap_or_overlap(world, batch, micro_batch):
     assert all(len(micro) <= micro_batch for rank in lists for micro in rank)
     for step in range(4):
         found = [row for rank in lists for micro in rank[step * per_step:(step + 1) * per_step] for row in micro]
-        assert sorted(found) == sorted(dataset.step_rows(11, batch, step, 0))
+        assert sorted(found) == sorted(plumbing.data.step_rows(11, batch, step, 0))
     later = MicroBatches(11, batch, micro_batch, 2, 4, 0, ranks_of(world)[-1])
     assert list(later) == lists[-1][2 * per_step:]          # a resumed run goes on at the same row
 
@@ -199,7 +200,7 @@ def test_what_cannot_be_made_takes_the_place_of_its_row(workers):
             raise InputError("bad.png: damaged")
         return row["x"], epoch
     batches = [[(0, 0), (2, 0)], [], [(1, 0)], [(2, 1)]]
-    found = list(dataset.loader([{"x": x, "where": "rows:1"} for x in ("a", "bad", "c")], make, batches, workers))
+    found = list(plumbing.data.loader([{"x": x, "where": "rows:1"} for x in ("a", "bad", "c")], make, batches, workers))
     assert [len(part) for part in found] == [2, 0, 1, 1]
     assert found[0] == [("a", 0), ("c", 0)] and found[3] == [("c", 1)]
     assert isinstance(found[2][0], InputError) and "bad.png" in str(found[2][0])
@@ -210,7 +211,7 @@ def test_workers_start_whatever_python_s_default_is():
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method("forkserver", force=True)
     try:
-        assert list(dataset.loader([{"x": 5}], lambda row, epoch: row["x"], [[(0, 0)]], 1)) == [[5]]
+        assert list(plumbing.data.loader([{"x": 5}], lambda row, epoch: row["x"], [[(0, 0)]], 1)) == [[5]]
     finally:
         multiprocessing.set_start_method(before, force=True)
 
@@ -219,7 +220,7 @@ def test_collate_pads_on_the_right_and_aims_at_what_follows_the_prompt(tiny_mode
     prompts, targets = [tiny_model.image_prompt(1, text) for text in ("", " red")], [[7, 8], [9, 10, 11, 12]]
     rows = [{"ids": prompt + target, "n_prompt": len(prompt), "views": torch.full((1, 3, 28, 28), float(k))}
             for k, (prompt, target) in enumerate(zip(prompts, targets))]
-    batch = dataset.collate(rows, tiny_model, "cpu")
+    batch = plumbing.data.collate(rows, tiny_model, "cpu")
     assert batch["targets"].tolist() == [7, 8, 9, 10, 11, 12]
     assert batch["mask"].sum(1).tolist() == [len(row["ids"]) for row in rows]
     assert batch["images"].shape == (2, 3, 28, 28) and batch["images"][1, 0, 0, 0] == 1
@@ -227,19 +228,19 @@ def test_collate_pads_on_the_right_and_aims_at_what_follows_the_prompt(tiny_mode
         n, whole = row["n_prompt"], len(row["ids"])
         assert batch["ids"][b, :whole].tolist() == row["ids"]
         assert batch["positions"][b].nonzero().flatten().tolist() == list(range(n - 1, whole - 1))
-    blank = dataset.collate([], tiny_model, "cpu")
+    blank = plumbing.data.collate([], tiny_model, "cpu")
     assert tiny_model(**blank).shape == (1,)                # something to run, where a rank has no row left
 
 
 # ---------------------------------------------------------------- optimizer and learning rate
 def test_learning_rate_warms_up_and_falls_to_a_tenth():
-    rates = [common.cosine(step, 100, 1e-3, 10) for step in range(101)]
+    rates = [plumbing.train.cosine(step, 100, 1e-3, 10) for step in range(101)]
     assert rates[:10] == pytest.approx([1e-4 * k for k in range(1, 11)])
     assert max(rates) == pytest.approx(1e-3) and rates[10] == pytest.approx(1e-3)
     assert rates[55] == pytest.approx(5.5e-4) and rates[100] == pytest.approx(1e-4)
     assert all(a >= b for a, b in pairwise(rates[10:]))
-    assert common.cosine(0, 5, 1e-3, 0) == pytest.approx(1e-3)
-    assert common.cosine(0, 3, 1e-3, 20) == pytest.approx(5e-5)         # shorter than its warm-up
+    assert plumbing.train.cosine(0, 5, 1e-3, 0) == pytest.approx(1e-3)
+    assert plumbing.train.cosine(0, 3, 1e-3, 20) == pytest.approx(5e-5)         # shorter than its warm-up
 
 
 def parameters(seed=0):
@@ -270,7 +271,7 @@ def test_one_rank_is_plain_adamw_without_decay_of_vectors():
 
 
 def test_state_is_spread_over_the_ranks_and_may_be_taken_over_by_another_number(monkeypatch):
-    monkeypatch.setattr(common.dist, "broadcast", lambda tensor, src: None)
+    monkeypatch.setattr(plumbing.train.dist, "broadcast", lambda tensor, src: None)
     trained = parameters()
     parts = [ShardedAdamW({**trained}, 0.1, ranks) for ranks in ranks_of(2)]
     assert sorted(parts[0].own + parts[1].own) == sorted(trained)
@@ -307,9 +308,9 @@ def stepped(seed, steps=1):
 
 def test_a_checkpoint_gives_back_all_of_it(tmp_path):
     written, read = stepped(0, 3), stepped(1, 1)
-    assert common.load_checkpoint(tmp_path, RUN, stepped(0)) == 0
-    common.save_checkpoint(tmp_path, ALONE, 3, RUN, written)
-    assert common.load_checkpoint(tmp_path, RUN, read) == 3
+    assert plumbing.train.load_checkpoint(tmp_path, RUN, stepped(0)) == 0
+    plumbing.train.save_checkpoint(tmp_path, ALONE, 3, RUN, written)
+    assert plumbing.train.load_checkpoint(tmp_path, RUN, read) == 3
     for optimizer in (written, read):
         give_gradients(optimizer.trained, 9)
         optimizer.step(1e-2)
@@ -318,32 +319,32 @@ def test_a_checkpoint_gives_back_all_of_it(tmp_path):
 
 def test_only_the_newest_whole_checkpoint_counts(tmp_path):
     for step in (1, 10, 9):
-        common.save_checkpoint(tmp_path, ALONE, step, RUN, stepped(step))
+        plumbing.train.save_checkpoint(tmp_path, ALONE, step, RUN, stepped(step))
     assert stages.checkpoint_of(tmp_path) == 9              # the others went when it was whole
     torn = tmp_path / "resume/step-00000012.tmp"
     torn.mkdir()
     (torn / "moments-0.pt").write_bytes(b"half")
-    assert common.load_checkpoint(tmp_path, RUN, stepped(0)) == 9
+    assert plumbing.train.load_checkpoint(tmp_path, RUN, stepped(0)) == 9
     shutil.copytree(tmp_path / "resume/step-00000009", tmp_path / "resume/step-00000011")    # killed before the tidying
     (tmp_path / "resume/step-00000011/run.json").write_text(json.dumps({"step": 11, "run": RUN}))
-    assert common.load_checkpoint(tmp_path, RUN, stepped(0)) == 11
-    common.save_checkpoint(tmp_path, ALONE, 12, RUN, stepped(0))
+    assert plumbing.train.load_checkpoint(tmp_path, RUN, stepped(0)) == 11
+    plumbing.train.save_checkpoint(tmp_path, ALONE, 12, RUN, stepped(0))
     assert stages.checkpoint_of(tmp_path) == 12
 
 
 def test_a_step_may_be_saved_twice(tmp_path):
     """As where a stop comes right behind a checkpoint, or before a resumed run's first step is done."""
-    common.save_checkpoint(tmp_path, ALONE, 2, RUN, stepped(0, 2))
-    common.save_checkpoint(tmp_path, ALONE, 2, RUN, stepped(0, 2))
+    plumbing.train.save_checkpoint(tmp_path, ALONE, 2, RUN, stepped(0, 2))
+    plumbing.train.save_checkpoint(tmp_path, ALONE, 2, RUN, stepped(0, 2))
     read = stepped(1)
-    assert stages.checkpoint_of(tmp_path) == 2 and common.load_checkpoint(tmp_path, RUN, read) == 2
+    assert stages.checkpoint_of(tmp_path) == 2 and plumbing.train.load_checkpoint(tmp_path, RUN, read) == 2
     assert all(torch.equal(read.trained[name], p) for name, p in stepped(0, 2).trained.items())
 
 
 @pytest.mark.parametrize("fails_at", range(3))
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, fails_at):
-    common.save_checkpoint(tmp_path, ALONE, 1, RUN, stepped(0))
-    write_whole, calls = common.write_whole, []
+    plumbing.train.save_checkpoint(tmp_path, ALONE, 1, RUN, stepped(0))
+    write_whole, calls = plumbing.train.write_whole, []
 
     def failing(path, write):
         calls.append(path)
@@ -351,53 +352,53 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, fails_at)
             path.write_bytes(b"as far as it went")
             raise OSError(28, "No space left on device")
         write_whole(path, write)
-    monkeypatch.setattr(common, "write_whole", failing)
+    monkeypatch.setattr(plumbing.train, "write_whole", failing)
     with pytest.raises(OSError):
-        common.save_checkpoint(tmp_path, ALONE, 2, RUN, stepped(0, 2))
+        plumbing.train.save_checkpoint(tmp_path, ALONE, 2, RUN, stepped(0, 2))
     monkeypatch.undo()
     read = stepped(1)
-    assert common.load_checkpoint(tmp_path, RUN, read) == 1
+    assert plumbing.train.load_checkpoint(tmp_path, RUN, read) == 1
     assert all(torch.equal(read.trained[name], p) for name, p in stepped(0).trained.items())
-    common.save_checkpoint(tmp_path, ALONE, 2, RUN, stepped(0, 2))
+    plumbing.train.save_checkpoint(tmp_path, ALONE, 2, RUN, stepped(0, 2))
     assert stages.checkpoint_of(tmp_path) == 2
 
 
 def test_another_run_is_refused_by_the_name_of_what_differs(tmp_path):
-    common.save_checkpoint(tmp_path, ALONE, 1, RUN, stepped(0))
+    plumbing.train.save_checkpoint(tmp_path, ALONE, 1, RUN, stepped(0))
     for run, expected_word in (({**RUN, "lr": "0.02"}, "another lr"), ({**RUN, "new": "1"}, "another new")):
         with pytest.raises(InputError, match=expected_word) as error:
-            common.load_checkpoint(tmp_path, run, stepped(0))
+            plumbing.train.load_checkpoint(tmp_path, run, stepped(0))
         assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_write_whole_leaves_the_old_file_until_the_new_one_is_whole(tmp_path):
     path = tmp_path / "file"
-    common.write_whole(path, lambda p: p.write_text("old"))
+    plumbing.train.write_whole(path, lambda p: p.write_text("old"))
 
     def failing(p):
         p.write_text("ne")
         raise OSError
     with pytest.raises(OSError):
-        common.write_whole(path, failing)
+        plumbing.train.write_whole(path, failing)
     assert path.read_text() == "old"
-    common.write_whole(path, lambda p: p.write_text("new"))
+    plumbing.train.write_whole(path, lambda p: p.write_text("new"))
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
 def test_log_forgets_what_came_after_the_checkpoint(tmp_path):
-    log = common.Log(tmp_path, 0, ALONE)
+    log = plumbing.train.Log(tmp_path, 0, ALONE)
     for step in range(1, 6):
         log.write({"step": step, "loss": 1 / 3})
     with log.path.open("a") as file:
         file.write('{"step": 6, "lo')                       # torn by a kill
-    common.Log(tmp_path, 5, ALONE).write({"step": 6, "loss": 0.1})
+    plumbing.train.Log(tmp_path, 5, ALONE).write({"step": 6, "loss": 0.1})
     assert [row["step"] for row in stages.read_rows(log.path)] == [1, 2, 3, 4, 5, 6]
-    common.Log(tmp_path, 3, ALONE).write({"step": 4, "loss": 0.2})
+    plumbing.train.Log(tmp_path, 3, ALONE).write({"step": 4, "loss": 0.2})
     rows = stages.read_rows(log.path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[3]["loss"] == 0.2 and rows[0]["loss"] == 1 / 3
-    common.Log(tmp_path, 1, ranks_of(2)[1]).write({"step": 9})          # only the first rank writes
+    plumbing.train.Log(tmp_path, 1, ranks_of(2)[1]).write({"step": 9})          # only the first rank writes
     assert len(stages.read_rows(log.path)) == 4
-    assert common.Log(tmp_path, 0, ALONE).path.read_text() == ""
+    assert plumbing.train.Log(tmp_path, 0, ALONE).path.read_text() == ""
 
 
 # ---------------------------------------------------------------- signals
@@ -420,7 +421,7 @@ def test_a_signal_asks_for_a_stop(handlers, number):
 def test_a_second_interrupt_quits_at_once_and_a_second_sigterm_does_not(handlers, monkeypatch):
     """SIGTERM comes twice where a whole group gets it (timeout, a cluster's scheduler) and torchrun passes it on."""
     codes = []
-    monkeypatch.setattr(common.os, "_exit", codes.append)
+    monkeypatch.setattr(plumbing.train.os, "_exit", codes.append)
     stop = Stop()
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -446,7 +447,7 @@ def number_of(row, epoch):
 
 
 def fit_line(out, numbers, steps=6, batch=2, validate=dict, ranks=ALONE, make=number_of, loss=None, **more):
-    """common.fit on numbers -> code, counts, weight and bias."""
+    """plumbing.train.fit on numbers -> code, counts, weight and bias."""
     line = Line()
     rows = [{"x": x, "where": f"rows:{k}"} for k, x in enumerate(numbers, 1)]
     optimizer = ShardedAdamW(dict(line.named_parameters()), 0.0, ranks)
@@ -460,7 +461,7 @@ def fit_line(out, numbers, steps=6, batch=2, validate=dict, ranks=ALONE, make=nu
         return (loss(value, examples) if loss else value), {"seen": float(len(examples))}
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        code, counts = common.fit(args, ranks, line, optimizer, rows, make, len, loss_of, validate, RUN)
+        code, counts = plumbing.train.fit(args, ranks, line, optimizer, rows, make, len, loss_of, validate, RUN)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -511,11 +512,11 @@ def test_several_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path):
         seen.append(1)
         return value * (float("nan") if len(seen) > 4 and len(seen) != 9 else 1.0)     # one good step in between
     seen = []
-    with pytest.raises(InputError, match=f"{common.MAX_SKIPPED} steps on end") as error:
+    with pytest.raises(InputError, match=f"{plumbing.train.MAX_SKIPPED} steps on end") as error:
         fit_line(tmp_path, [1.0], steps=50, batch=1, save_every=2, loss=loss)
     message = str(error.value)
     assert "\n" not in message and "resume" in message and "--lr" in message
-    assert len(seen) == 9 + common.MAX_SKIPPED and f"step {len(seen)}" in message
+    assert len(seen) == 9 + plumbing.train.MAX_SKIPPED and f"step {len(seen)}" in message
     assert all(torch.isfinite(p).all() for p in torch.load(sorted(tmp_path.glob("resume/*/trained.pt"))[0]).values())
 
 
@@ -538,7 +539,7 @@ def test_a_run_that_finds_no_image_any_more_stops(tmp_path):
         if epoch > 1:
             raise InputError("x.png: no such image file")
         return row["x"]
-    with pytest.raises(InputError, match=f"{common.MAX_SKIPPED} steps on end") as error:
+    with pytest.raises(InputError, match=f"{plumbing.train.MAX_SKIPPED} steps on end") as error:
         fit_line(tmp_path, [1.0, 2.0], steps=50, make=make, save_every=2)
     assert "\n" not in str(error.value)
     checkpoint, = (tmp_path / "resume").iterdir()
@@ -585,7 +586,7 @@ def test_a_loader_s_workers_are_out_of_reach_of_their_group_s_signals(tmp_path, 
         return float(os.getpgid(0) == os.getppid() or os.getpgid(0) == group)
     group = os.getpgid(0)
     batches = MicroBatches(4, 2, 2, 0, 2, 0, ALONE)
-    found = list(dataset.loader([0] * 4, make, batches, 1))
+    found = list(plumbing.data.loader([0] * 4, make, batches, 1))
     assert found == [[0.0, 0.0], [0.0, 0.0]]
 
 
@@ -598,9 +599,9 @@ def test_the_estimate_of_a_full_size_card_is_that_of_the_design():
     for name in adapters.names_of(model, "caption"):
         assert model.get_parameter(name).dtype == torch.float32
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    six, one = (common.memory_estimate(model, trained, Ranks(0, world, None), 1, 2048) / 2 ** 30 for world in (6, 1))
+    six, one = (model.training_bytes(trained, world, 1) / 2 ** 30 for world in (6, 1))
     # 17.99 base, 1.25 adapters, 1.25 gradients, 2.50 moments over the ranks, activations 0.53 + 0.92 + a block
     expected_without_activations = 17.99 + 1.25 + 1.25 + 2.50 / 6
     assert expected_without_activations + 1 < six < 24 and one - six == pytest.approx(2.5 * 5 / 6, abs=0.01)
-    two = common.memory_estimate(model, trained, Ranks(0, 6, None), 2, 2048) / 2 ** 30
+    two = model.training_bytes(trained, 6, 2) / 2 ** 30
     assert two - six > 1.45

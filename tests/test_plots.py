@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-import toy_plots
-from toy_steps import CODE
+from toy_world import plots as toy_plots
+from toy_world.steps import CODE
 
 pytest.importorskip("matplotlib", reason="a development dependency")
 RESULTS = json.loads((CODE / "results/claims.json").read_text("utf-8"))

@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from chunking import SUFFIXES
-from loading import InputError
+from plumbing.errors import InputError
+from plumbing.images import SUFFIXES
 
 
 # ---------------------------------------------------------------- rows on disk
@@ -48,22 +48,6 @@ def caption_files(data):
         row = row or {}
         name, caption = row.get("image", row.get("file_name")), row.get("caption", row.get("text"))
         yield where, path.parent / name if isinstance(name, str) else None, caption
-
-
-def find_images(arguments):
-    """Files and folders -> [(path, name)]: files as they are, folders searched with their subfolders, sorted.
-
-    The name is the path within its folder; a sample's random numbers depend on it, not on where the folder lies.
-    """
-    found = []
-    for argument in map(Path, arguments):
-        if os.path.isdir(argument):             # Path.is_dir raises for a name that is too long
-            inside = sorted(p for p in argument.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            # an empty folder stays as itself, to be told as an image that cannot be opened
-            found += [(p, p.relative_to(argument).as_posix()) for p in inside] or [(argument, argument.name)]
-        else:
-            found.append((argument, argument.name))
-    return found
 
 
 def read_captions(data):

@@ -12,13 +12,13 @@ import torch
 
 import adapters
 import evaluate
-import toy_base
-import toy_world as world
-from chunking import open_image, views
-from common import write_whole
+from chunking import views
 from generate import sample
 from model import QwenVL
-from toy_steps import CODE, Loop, make_split, toy_rows
+from plumbing.images import open_image
+from plumbing.train import write_whole
+from toy_world import base, world
+from toy_world.steps import CODE, Loop, make_split, toy_rows
 
 TUNE = 100                              # the seed on which learning rates and β are chosen
 LRS = ("6e-5", "1.2e-4", "2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3", "1.6e-2", "3.2e-2", "6.4e-2")
@@ -109,7 +109,7 @@ def both_f1(figures):
 # ---------------------------------------------------------------- the claims, each (lab) -> {arm: {metric: number}}
 def planted(lab):
     """What the base says of the mark at one low resolution, where nobody can see it, and with six views."""
-    measured = toy_base.measure(load(lab), 300, lab.seed)
+    measured = base.measure(load(lab), 300, lab.seed)
     found = {name: {group: share for group, (share, _) in figures["mark invented on"].items()}
              for name, figures in measured.items() if "mark invented on" in figures}
     return {**found, "true rate": dict(world.MARK_RATE)}
@@ -154,7 +154,7 @@ def direct(lab):
     model = load(lab, sft, lab.qa_of(sft))
     scenes = [world.make_scene(f"direct {lab.seed} {i}") for i in range(HELD_OUT)]
     side = model.config.visual.image_size
-    asked = toy_base.question_report(model, scenes, [views(world.draw(scene), side) for scene in scenes], lab.seed)
+    asked = base.question_report(model, scenes, [views(world.draw(scene), side) for scene in scenes], lab.seed)
     told = {kind: (figures["precision"], figures["n"]) for kind, figures in scores["sample"]["categories"].items()}
 
     def share(of):          # [(share, of how many)] taken together
@@ -348,16 +348,16 @@ def forgetting(lab):
     """What is left of the base's own tasks after SFT in each way, each at its own learning rate: dense captions and
     questions of six views, and, out of the training's distribution, the marks of close-ups. "off" switches the adapters
     off again."""
-    found = {"base": toy_base.own_tasks(load(lab), lab.seed)}
+    found = {"base": base.own_tasks(load(lab), lab.seed)}
     for tune in ("adapters", "lora", "prompt", "full"):
         lr = best_sft_lr(lab.out.parent, tune)
         folder = lab.tuned(f"sft-{tune}", tune, lr)
         model = QwenVL.from_pretrained(folder) if tune == "full" else load(lab, folder)
-        found[tune] = {**toy_base.own_tasks(model, lab.seed), "lr": float(lr),
+        found[tune] = {**base.own_tasks(model, lab.seed), "lr": float(lr),
                        "caption f1": lab.judged(folder.name)["greedy f1"]}
         if tune == "adapters":
             with adapters.active(model, []):
-                found["adapters, off"] = toy_base.own_tasks(model, lab.seed)
+                found["adapters, off"] = base.own_tasks(model, lab.seed)
     return found
 
 

@@ -19,7 +19,7 @@ from collections import Counter
 
 import numpy as np
 
-from loading import InputError
+from plumbing.errors import InputError
 
 
 # ---------------------------------------------------------------- statements, and what is known of them

@@ -1,0 +1,1 @@
+"""What no paper mentions: files, processes, checkpoints, logs. Nothing here knows the method."""

@@ -1,0 +1,1 @@
+"""A synthetic world whose truth is known, a base trained on it, and the claims tested in it."""
