@@ -40,7 +40,10 @@ class Local:
     """A transformers chat model, Hub name or folder, through its chat template, in batches on one device."""
 
     def __init__(self, name, device, batch, max_tokens):
-        from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds, and only here is it of use
+        from transformers import (  # takes seconds, and only here is it of use
+            AutoModelForCausalLM,
+            AutoTokenizer,
+        )
         from transformers.utils import logging
         logging.set_verbosity_error()
         logging.disable_progress_bar()

@@ -1,4 +1,5 @@
 """What several test files need: a tiny random base in the released layout."""
+
 import dataclasses
 import json
 
@@ -10,7 +11,7 @@ from model import Config, QwenVL, VisionConfig
 from plumbing.tokenizer import Tokenizer
 from toy_world import world
 
-torch.set_num_threads(1)        # the models are tiny: a second thread costs more than it brings
+torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
 
 
 def write_tiny_base(folder, seed=0, **changes):
@@ -18,15 +19,36 @@ def write_tiny_base(folder, seed=0, **changes):
     folder.mkdir(parents=True, exist_ok=True)
     world.write_vocabulary(folder / "qwen.tiktoken")
     tokenizer = Tokenizer(folder)
-    vision = VisionConfig(image_size=28, patch_size=14, width=32, layers=1, heads=2, mlp_ratio=2.0, output_dim=128,
-                          image_start_id=tokenizer.image_start_id, n_queries=4)
-    config = Config(**{"vocab_size": tokenizer.n_vocab + 3, "hidden_size": 128, "num_hidden_layers": 2,
-                       "num_attention_heads": 4, "kv_channels": 32, "intermediate_size": 128, "seq_length": 128,
-                       "visual": vision, **changes})
+    vision = VisionConfig(
+        image_size=28,
+        patch_size=14,
+        width=32,
+        layers=1,
+        heads=2,
+        mlp_ratio=2.0,
+        output_dim=128,
+        image_start_id=tokenizer.image_start_id,
+        n_queries=4,
+    )
+    config = Config(
+        **{
+            "vocab_size": tokenizer.n_vocab + 3,
+            "hidden_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "kv_channels": 32,
+            "intermediate_size": 128,
+            "seq_length": 128,
+            "visual": vision,
+            **changes,
+        }
+    )
     torch.manual_seed(seed)
     model = QwenVL(config)
     for weight in (model.transformer.wte.weight, model.lm_head.weight):
-        torch.nn.init.normal_(weight, std=0.3)          # logits far enough apart that rounding moves no argmax
+        torch.nn.init.normal_(
+            weight, std=0.3
+        )  # logits far enough apart that rounding moves no argmax
     raw = {"architectures": ["QWenLMHeadModel"], "model_type": "qwen", **dataclasses.asdict(config)}
     (folder / "config.json").write_text(json.dumps(raw))
     save_file(model.state_dict(), folder / "model.safetensors")

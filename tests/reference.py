@@ -57,7 +57,7 @@ def patches_of(image, weights):
     rows = []
     for top in range(0, image.shape[1], size):
         for left in range(0, image.shape[2], size):
-            rows.append(flat_kernel @ image[:, top:top + size, left:left + size].reshape(-1))
+            rows.append(flat_kernel @ image[:, top : top + size, left : left + size].reshape(-1))
     return torch.stack(rows)
 
 
@@ -65,8 +65,8 @@ def vision_block(x, weights, name, heads):
     y = linear(layer_norm(x, weights, name + ".ln_1"), weights, name + ".attn.in_proj")
     d = x.shape[-1] // heads
     outs = []
-    for head in range(heads):               # in_proj's output is laid out head by head: q, k and v of each
-        q, k, v = y[:, head * 3 * d:(head + 1) * 3 * d].split(d, dim=-1)
+    for head in range(heads):  # in_proj's output is laid out head by head: q, k and v of each
+        q, k, v = y[:, head * 3 * d : (head + 1) * 3 * d].split(d, dim=-1)
         outs.append(attend(q, k, v))
     x = x + linear(torch.cat(outs, -1), weights, name + ".attn.out_proj")
     y = linear(layer_norm(x, weights, name + ".ln_2"), weights, name + ".mlp.c_fc")
@@ -88,7 +88,9 @@ def resample(x, weights):
     wq, wk, wv = weights[name + ".attn.in_proj_weight"].split(c)
     bq, bk, bv = weights[name + ".attn.in_proj_bias"].split(c)
     q, k, v = q_in @ wq.T + bq, k_in @ wk.T + bk, kv @ wv.T + bv
-    outs = [attend(q[:, i:i + 128], k[:, i:i + 128], v[:, i:i + 128]) for i in range(0, c, 128)]
+    outs = [
+        attend(q[:, i : i + 128], k[:, i : i + 128], v[:, i : i + 128]) for i in range(0, c, 128)
+    ]
     return linear(torch.cat(outs, -1), weights, name + ".attn.out_proj")
 
 
@@ -132,11 +134,11 @@ def language_block(x, weights, name, config, visible, alpha, logn):
     q, k, v = y.chunk(3, dim=-1)
     outs = []
     for left in range(0, q.shape[-1], d):
-        q_head, k_head = rotate(q[:, left:left + d], base), rotate(k[:, left:left + d], base)
+        q_head, k_head = rotate(q[:, left : left + d], base), rotate(k[:, left : left + d], base)
         if logn:
             scale = [max(math.log(p + 1, config["seq_length"]), 1.0) for p in range(length)]
             q_head = q_head * torch.tensor(scale, dtype=torch.float64)[:, None]
-        outs.append(attend(q_head, k_head, v[:, left:left + d], visible))
+        outs.append(attend(q_head, k_head, v[:, left : left + d], visible))
     x = x + linear(torch.cat(outs, -1), weights, name + ".attn.c_proj")
     y = rms_norm(x, weights[name + ".ln_2.weight"], eps)
     gate = linear(y, weights, name + ".mlp.w2")
@@ -145,7 +147,9 @@ def language_block(x, weights, name, config, visible, alpha, logn):
 
 
 @torch.no_grad()
-def forward(weights, config, ids, images=None, mask=None, training=False, alpha=None, prompt_length=None):
+def forward(
+    weights, config, ids, images=None, mask=None, training=False, alpha=None, prompt_length=None
+):
     """Everything from ids (B, L) and images (N, 3, S, S) to the logits (B, L, vocab), in float64.
 
     mask (B, L) is 1 at real tokens; logits at the others mean nothing. alpha overrides the NTK factor; spans are
@@ -157,13 +161,15 @@ def forward(weights, config, ids, images=None, mask=None, training=False, alpha=
     hidden = weights["transformer.wte.weight"][ids]
     if images is not None:
         encoded = [encode_image(image.double(), weights, config) for image in images]
-        out["vit_out"], out["resampler_out"], out["image_embeds"] = (torch.stack(parts) for parts in zip(*encoded))
+        out["vit_out"], out["resampler_out"], out["image_embeds"] = (
+            torch.stack(parts) for parts in zip(*encoded)
+        )
         found = 0
         for row in range(n_rows):
             for slot in range(length if prompt_length is None else prompt_length):
                 if ids[row, slot] == config["visual"]["image_start_id"]:
                     embeds = out["image_embeds"][found]
-                    hidden[row, slot + 1:slot + 1 + len(embeds)] = embeds
+                    hidden[row, slot + 1 : slot + 1 + len(embeds)] = embeds
                     found += 1
         assert found == len(images), f"{found} spans, {len(images)} images"
     out["hidden_spliced"] = hidden.clone()
@@ -175,7 +181,9 @@ def forward(weights, config, ids, images=None, mask=None, training=False, alpha=
     for row in range(n_rows):
         x = hidden[row]
         for i in range(config["num_hidden_layers"]):
-            x = language_block(x, weights, f"transformer.h.{i}", config, causal & mask[row], alpha, logn)
+            x = language_block(
+                x, weights, f"transformer.h.{i}", config, causal & mask[row], alpha, logn
+            )
         x = rms_norm(x, weights["transformer.ln_f.weight"], config["layer_norm_epsilon"])
         logits.append(x @ weights["lm_head.weight"].T)
     out["logits"], out["alpha"] = torch.stack(logits), alpha
@@ -190,7 +198,9 @@ def greedy(weights, config, ids, images, mask, steps):
     alpha = ntk_alpha(config, length)
     step_logits = []
     for _ in range(steps):
-        logits = forward(weights, config, ids, images, mask, alpha=alpha, prompt_length=length)["logits"][:, -1]
+        logits = forward(weights, config, ids, images, mask, alpha=alpha, prompt_length=length)[
+            "logits"
+        ][:, -1]
         step_logits.append(logits)
         ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)

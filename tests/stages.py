@@ -1,4 +1,5 @@
 """Data for the training stages, and runs of them: in this process, or as ranks in processes of their own."""
+
 import gc
 import importlib
 import json
@@ -28,7 +29,9 @@ CODE = Path(plumbing.train.__file__).parent.parent
 # ---------------------------------------------------------------- data
 def write_rows(path, rows):
     """JSONL; a row that is a string is written as it is."""
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), "utf-8"
+    )
     return path
 
 
@@ -38,9 +41,13 @@ def write_data(folder, n=10):
     for k in range(n):
         scene, image = world.make_scene(k), f"{k:05d}.png"
         world.draw(scene).save(folder / image)
-        captions.append({"image": image, "caption": ", ".join(fact["text"] for fact in world.facts(scene))})
-        questions += [{"image": image, "question": world.ask(text), "answer": answer}
-                      for text, answer, _ in world.questions(scene, 4, random.Random(k))]
+        captions.append(
+            {"image": image, "caption": ", ".join(fact["text"] for fact in world.facts(scene))}
+        )
+        questions += [
+            {"image": image, "question": world.ask(text), "answer": answer}
+            for text, answer, _ in world.questions(scene, 4, random.Random(k))
+        ]
     write_rows(folder / "captions.jsonl", captions)
     write_rows(folder / "questions.jsonl", questions)
     return folder
@@ -61,7 +68,7 @@ def run(stage, *argv):
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         return stage.main([str(argument) for argument in argv])
-    except SystemExit as stop:                              # argparse's
+    except SystemExit as stop:  # argparse's
         return stop.code
     finally:
         for number, handler in before.items():
@@ -81,6 +88,7 @@ def at_micro_batch(count, act):
         if seen[0] == count:
             act(batch)
         return batch
+
     return counting
 
 
@@ -98,6 +106,7 @@ def at_row(what, count, torn, number):
             write(self, row)
         if mine and seen[0] == count:
             os.kill(os.getpid(), number)
+
     return striking
 
 
@@ -131,10 +140,12 @@ def rank_main(stage, argv, variables, report, at, cpu):
     os.dup2(file, 1)
     os.dup2(file, 2)
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)            # not our own way of starting, for its children
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # not our own way of starting, for its children
     if cpu:
         signal.setitimer(signal.ITIMER_PROF, cpu)
-    gc.freeze()                     # what came with the fork is never garbage: golden.py collects it after each pass
+    gc.freeze()  # what came with the fork is never garbage: golden.py collects it after each pass
     if at and at[0] == int(variables["RANK"]) and isinstance(at[1], tuple):
         shards.Appender.write = at_row(*at[1], at[2])
     elif at and at[0] == int(variables["RANK"]):
@@ -146,7 +157,9 @@ def end_together(ranks, end):
     """Wait for all ranks until `end`; when one of them fails, kill the others."""
     running = ranks
     while running and time.monotonic() < end and not any(process.exitcode for process in ranks):
-        multiprocessing.connection.wait([process.sentinel for process in running], end - time.monotonic())
+        multiprocessing.connection.wait(
+            [process.sentinel for process in running], end - time.monotonic()
+        )
         running = [process for process in ranks if process.exitcode is None]
     for process in running:
         process.kill()
@@ -164,11 +177,18 @@ def run_ranks(stage, argv, report, world=1, at=None, seconds=60, cpu=None):
         port = s.getsockname()[1]
     ranks = []
     for rank in range(world):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1",
-                     "MASTER_PORT": port}
+        variables = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": world,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         variables = {key: str(value) for key, value in variables.items()}
         argv = [str(argument) for argument in argv]
-        ranks.append(context.Process(target=rank_main, args=(stage, argv, variables, str(report), at, cpu)))
+        ranks.append(
+            context.Process(target=rank_main, args=(stage, argv, variables, str(report), at, cpu))
+        )
         ranks[-1].start()
     end = time.monotonic() + seconds
     try:
@@ -189,7 +209,10 @@ def steps_of(out):
     """log.jsonl without how long the steps took, as {step: figures}; every step stands there once, in order."""
     rows = read_rows(Path(out) / "log.jsonl")
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-    return {row.pop("step"): {key: value for key, value in row.items() if key != "seconds"} for row in rows}
+    return {
+        row.pop("step"): {key: value for key, value in row.items() if key != "seconds"}
+        for row in rows
+    }
 
 
 def weights_of(out):
@@ -206,8 +229,11 @@ def checkpoint_of(out):
 def same_run(out, expected):
     """Whether two runs left the same losses, gradient norms, learning rates and weights, bit for bit."""
     mine, theirs = weights_of(out), weights_of(expected)
-    return (steps_of(out) == steps_of(expected) and mine.keys() == theirs.keys()
-            and all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items()))
+    return (
+        steps_of(out) == steps_of(expected)
+        and mine.keys() == theirs.keys()
+        and all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+    )
 
 
 def assert_close_run(out, expected, rtol=1e-4):
@@ -217,6 +243,8 @@ def assert_close_run(out, expected, rtol=1e-4):
     for step, row in mine.items():
         assert row.keys() == theirs[step].keys()
         for key, value in row.items():
-            torch.testing.assert_close(value, theirs[step][key], rtol=rtol, atol=1e-6, msg=f"{key} of step {step}")
+            torch.testing.assert_close(
+                value, theirs[step][key], rtol=rtol, atol=1e-6, msg=f"{key} of step {step}"
+            )
     mine, theirs = weights_of(out), weights_of(expected)
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)

@@ -1,4 +1,5 @@
 """Adapters and the soft prompt: nothing when fresh, switched, stacked, saved, and refused where they do not belong."""
+
 import json
 import platform
 from pathlib import Path
@@ -36,7 +37,9 @@ def test_fresh_adapters_and_soft_prompt_change_nothing_bit_for_bit(tiny_model):
     assert not torch.allclose(run(tiny_model), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("where, expected_slots", [(("vision", "language"), 6), (("language",), 4), (("vision",), 2)])
+@pytest.mark.parametrize(
+    "where, expected_slots", [(("vision", "language"), 6), (("language",), 4), (("vision",), 2)]
+)
 def test_attach_trains_exactly_the_new_parameters(tiny_model, where, expected_slots):
     before = {n: p for n, p in tiny_model.named_parameters()}
     trains = adapters.attach(tiny_model, "caption", where)
@@ -56,7 +59,9 @@ def test_the_adapter_is_its_formula(tiny_model):
     hidden = (x.double() @ adapter.down.weight.double().T + adapter.down.bias.double()).clamp(min=0)
     expected = x.double() + hidden @ adapter.up.weight.double().T + adapter.up.bias.double()
     torch.testing.assert_close(adapter(x).double(), expected, atol=1e-5, rtol=1e-5)
-    assert adapter(x.bfloat16()).dtype == torch.bfloat16 and adapter.up.weight.dtype == torch.float32
+    assert (
+        adapter(x.bfloat16()).dtype == torch.bfloat16 and adapter.up.weight.dtype == torch.float32
+    )
 
 
 def test_only_adapters_move_in_training_and_the_soft_prompt_learns(tiny_model):
@@ -127,13 +132,23 @@ def test_attaching_freezes_what_was_there_and_switching_does_not_thaw_it(tiny_mo
     optimizer = torch.optim.AdamW([p for p in tiny_model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):
         ids = torch.tensor([tiny_model.image_prompt(1, "it Answer: Yes")])
-        tiny_model(ids, torch.randn(1, 3, 28, 28))[0, -2].log_softmax(-1)[ids[0, -1]].neg().backward()
+        tiny_model(ids, torch.randn(1, 3, 28, 28))[0, -2].log_softmax(-1)[
+            ids[0, -1]
+        ].neg().backward()
         optimizer.step()
         optimizer.zero_grad()
-    moved = sorted(n for n, p in tiny_model.named_parameters() if n not in before or not torch.equal(p, before[n]))
-    assert moved == trains and all("slot.qa." in n for n in moved) and not any("visual" in n for n in moved)
+    moved = sorted(
+        n
+        for n, p in tiny_model.named_parameters()
+        if n not in before or not torch.equal(p, before[n])
+    )
+    assert (
+        moved == trains
+        and all("slot.qa." in n for n in moved)
+        and not any("visual" in n for n in moved)
+    )
     with adapters.active(tiny_model, ["caption"]):
-        assert torch.equal(run(tiny_model), captioner)          # exactly the captioner it was
+        assert torch.equal(run(tiny_model), captioner)  # exactly the captioner it was
     assert not torch.equal(run(tiny_model), captioner)
 
 
@@ -150,7 +165,9 @@ def test_trained_tensors_are_fp32_and_used_in_the_compute_dtype(tiny_base):
     assert {model.get_parameter(n).grad.dtype for n in trains} == {torch.float32}
 
 
-def test_the_soft_prompt_starts_as_the_prompts_embeddings_and_takes_their_places_in_order(tiny_model):
+def test_the_soft_prompt_starts_as_the_prompts_embeddings_and_takes_their_places_in_order(
+    tiny_model,
+):
     ids = torch.tensor(tiny_model.tokenizer.encode(CAPTION_PROMPT))
     adapters.attach(tiny_model, "caption", where=(), soft_prompt=True)
     vectors = tiny_model.soft_prompts["caption"].vectors
@@ -162,11 +179,13 @@ def test_the_soft_prompt_starts_as_the_prompts_embeddings_and_takes_their_places
     vectors.data[3] += 1
     with adapters.active(tiny_model, []):
         assert tiny_model.caption_prompt(1) == tiny_model.image_prompt(1, CAPTION_PROMPT)
-    assert tiny_model.caption_prompt(1)[-len(ids):] == [tiny_model.tokenizer.soft_prompt_id] * len(ids)
+    assert tiny_model.caption_prompt(1)[-len(ids) :] == [tiny_model.tokenizer.soft_prompt_id] * len(
+        ids
+    )
 
 
 def test_sizes_that_make_no_bottleneck_are_refused(tiny_model):
-    for reduction in (0, -8, 33):                               # the vision tower is 32 wide
+    for reduction in (0, -8, 33):  # the vision tower is 32 wide
         with pytest.raises(InputError, match=f"{reduction}"):
             adapters.attach(tiny_model, "caption", reduction=reduction)
     assert not any("caption" in n for n, _ in tiny_model.named_parameters())
@@ -213,22 +232,35 @@ def test_soft_prompt_slots_come_whole_or_not_at_all(tiny_model):
 def test_lora_is_its_formula_beside_a_frozen_layer(tiny_model):
     trains = adapters.attach(tiny_model, "caption", kind="lora", reduction=4)
     shake(tiny_model, "caption")
-    slot, layer = tiny_model.transformer.h[0].attn.lora_slot, tiny_model.transformer.h[0].attn.c_attn
+    slot, layer = (
+        tiny_model.transformer.h[0].attn.lora_slot,
+        tiny_model.transformer.h[0].attn.c_attn,
+    )
     lora, x = slot["caption"], torch.randn(3, 5, 128)
-    assert lora.down.weight.shape == (4, 128) and lora.up.weight.shape == (3 * 128, 4) and lora.down.bias is None
+    assert (
+        lora.down.weight.shape == (4, 128)
+        and lora.up.weight.shape == (3 * 128, 4)
+        and lora.down.bias is None
+    )
     update = 2 * (x.double() @ lora.down.weight.double().T) @ lora.up.weight.double().T
     torch.testing.assert_close(lora(x).double(), update, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(slot.beside(x, layer(x)).double(), layer(x).double() + update, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        slot.beside(x, layer(x)).double(), layer(x).double() + update, atol=1e-5, rtol=1e-5
+    )
     assert lora(x.bfloat16()).dtype == torch.bfloat16 and lora.up.weight.dtype == torch.float32
-    assert len(trains) == 2 * 3                                 # down and up, at three blocks of two towers
+    assert len(trains) == 2 * 3  # down and up, at three blocks of two towers
 
 
 def test_fresh_lora_changes_nothing_and_acts_on_the_q_k_v_projections_alone(tiny_base, tiny_model):
     expected = run(tiny_model)
     trains = adapters.attach(tiny_model, "caption", kind="lora", reduction=4)
     assert torch.equal(run(tiny_model), expected)
-    blocks = [f"transformer.h.{k}.attn" for k in range(2)] + ["transformer.visual.transformer.resblocks.0.attn"]
-    assert trains == sorted(f"{b}.lora_slot.caption.{part}.weight" for b in blocks for part in ("down", "up"))
+    blocks = [f"transformer.h.{k}.attn" for k in range(2)] + [
+        "transformer.visual.transformer.resblocks.0.attn"
+    ]
+    assert trains == sorted(
+        f"{b}.lora_slot.caption.{part}.weight" for b in blocks for part in ("down", "up")
+    )
     shake(tiny_model, "caption")
     merged = QwenVL.from_pretrained(tiny_base)
     for b, layer in zip(blocks, ("c_attn", "c_attn", "in_proj")):
@@ -278,24 +310,34 @@ def test_saved_adapters_load_as_they_were(folder, expected, tiny_model):
     card = adapters.load(tiny_model, folder)
     assert torch.equal(run(tiny_model), expected)
     assert not any(p.requires_grad for p in tiny_model.parameters())
-    assert [card[k] for k in ("stage", "reduction", "where", "soft_prompt")] == ["sft", 4, ["vision", "language"], True]
+    assert [card[k] for k in ("stage", "reduction", "where", "soft_prompt")] == [
+        "sft",
+        4,
+        ["vision", "language"],
+        True,
+    ]
     assert len(adapters.folder_hash(folder)) == 64
 
 
 def test_adapters_for_another_base_are_refused(folder, tmp_path):
     from conftest import write_tiny_base
+
     other = QwenVL.from_pretrained(write_tiny_base(tmp_path / "other", seed=1))
     with pytest.raises(InputError, match="another base"):
         adapters.load(other, folder)
 
 
-@pytest.mark.parametrize("damage, expected", [
-    (lambda w: w.pop(sorted(w)[0]), "is missing"),
-    (lambda w: w.update(extra=torch.zeros(1)), "extra is left over"),
-    (lambda w: w.update({sorted(w)[0]: torch.zeros(3)}), r"has shape \(3,\)"),
-])
+@pytest.mark.parametrize(
+    "damage, expected",
+    [
+        (lambda w: w.pop(sorted(w)[0]), "is missing"),
+        (lambda w: w.update(extra=torch.zeros(1)), "extra is left over"),
+        (lambda w: w.update({sorted(w)[0]: torch.zeros(3)}), r"has shape \(3,\)"),
+    ],
+)
 def test_adapters_that_do_not_fit_are_refused_by_name(folder, tiny_model, damage, expected):
     from safetensors.torch import load_file, save_file
+
     weights = load_file(folder / "adapters.safetensors")
     damage(weights)
     save_file(weights, folder / "adapters.safetensors")
@@ -305,23 +347,43 @@ def test_adapters_that_do_not_fit_are_refused_by_name(folder, tiny_model, damage
 
 def test_what_is_no_adapter_folder(folder, tiny_model, tmp_path):
     good = json.loads((folder / "adapters.json").read_text())
-    for text, expected in (("{}", "not the description"), ("no", "cannot be read"), ("[]", "not the description"),
-                           (json.dumps({**good, "reduction": "x"}), "not the description"),
-                           (json.dumps({**good, "where": None}), "not the description")):
+    for text, expected in (
+        ("{}", "not the description"),
+        ("no", "cannot be read"),
+        ("[]", "not the description"),
+        (json.dumps({**good, "reduction": "x"}), "not the description"),
+        (json.dumps({**good, "where": None}), "not the description"),
+    ):
         (folder / "adapters.json").write_text(text)
         with pytest.raises(InputError, match=expected):
             adapters.load(tiny_model, folder)
     with pytest.raises(InputError, match=r"no adapters\.json"):
         adapters.load(tiny_model, tmp_path)
-    card = {"base": "x", "fingerprint": tiny_model.fingerprint, "name": "caption", "where": ["language"]}
-    (folder / "adapters.json").write_text(json.dumps({**card, "reduction": 4, "soft_prompt": False}))
+    card = {
+        "base": "x",
+        "fingerprint": tiny_model.fingerprint,
+        "name": "caption",
+        "where": ["language"],
+    }
+    (folder / "adapters.json").write_text(
+        json.dumps({**card, "reduction": 4, "soft_prompt": False})
+    )
     (folder / "adapters.safetensors").write_bytes(b"short")
     with pytest.raises(InputError, match="not a whole safetensors file"):
         adapters.load(tiny_model, folder)
 
 
-@pytest.mark.parametrize("change", [{"where": ["nowhere"]}, {"name": "a.b"}, {"name": "keys"}, {"reduction": 0},
-                                    {"kind": "hypernet"}, {"where": [["vision"]]}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"where": ["nowhere"]},
+        {"name": "a.b"},
+        {"name": "keys"},
+        {"reduction": 0},
+        {"kind": "hypernet"},
+        {"where": [["vision"]]},
+    ],
+)
 def test_a_description_of_what_nobody_can_attach_is_refused(folder, tiny_model, change):
     path = folder / "adapters.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -329,27 +391,58 @@ def test_a_description_of_what_nobody_can_attach_is_refused(folder, tiny_model, 
         adapters.load(tiny_model, folder)
 
 
-def test_adapters_json_says_what_it_is_for_and_where_it_came_from(folder, trained, tiny_base, tmp_path):
+def test_adapters_json_says_what_it_is_for_and_where_it_came_from(
+    folder, trained, tiny_base, tmp_path
+):
     card = json.loads((folder / "adapters.json").read_text())
-    expected = {"base": str(tiny_base), "fingerprint": trained.fingerprint, "name": "caption", "kind": "adapter",
-                "where": ["vision", "language"], "reduction": 4, "soft_prompt": True, "below": None, "stage": "sft"}
+    expected = {
+        "base": str(tiny_base),
+        "fingerprint": trained.fingerprint,
+        "name": "caption",
+        "kind": "adapter",
+        "where": ["vision", "language"],
+        "reduction": 4,
+        "soft_prompt": True,
+        "below": None,
+        "stage": "sft",
+    }
     assert {key: card[key] for key in expected} == expected
     assert card["versions"] == {"torch": torch.__version__, "python": platform.python_version()}
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "adapters.json", "adapters.safetensors"]
-    assert sorted(load_file(folder / "adapters.safetensors")) == adapters.names_of(trained, "caption")
-    more = {"parent": str(folder), "parent_hash": adapters.folder_hash(folder), "threshold": 0.4, "arguments": {"lr": 1e-3}}
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "adapters.json",
+        "adapters.safetensors",
+    ]
+    assert sorted(load_file(folder / "adapters.safetensors")) == adapters.names_of(
+        trained, "caption"
+    )
+    more = {
+        "parent": str(folder),
+        "parent_hash": adapters.folder_hash(folder),
+        "threshold": 0.4,
+        "arguments": {"lr": 1e-3},
+    }
     adapters.save(trained, tmp_path / "next", "caption", stage="dpo", **more)
     assert {key: adapters.read_card(tmp_path / "next")[key] for key in more} == more
 
 
 def test_the_model_card_names_base_stage_parent_and_sizes(trained, tiny_base, tmp_path):
-    adapters.save(trained, tmp_path / "dpo", "caption", stage="dpo", parent="out/sft", parent_hash="0")
+    adapters.save(
+        trained, tmp_path / "dpo", "caption", stage="dpo", parent="out/sft", parent_hash="0"
+    )
     text = (tmp_path / "dpo" / "README.md").read_text(encoding="utf-8")
     _, head, body = text.split("---\n", 2)
     assert dict(line.split(": ", 1) for line in head.splitlines())["base_model"] == str(tiny_base)
     count = sum(trained.get_parameter(n).numel() for n in adapters.names_of(trained, "caption"))
-    for expected in ("# dpo\n", str(tiny_base), "stage `dpo` from `out/sft`", f"width ÷ 4 | yes | {count:,} |",
-                     f"python caption.py img.jpg --adapters {tmp_path / 'dpo'}", "adapters.json", "log.jsonl"):
+    for expected in (
+        "# dpo\n",
+        str(tiny_base),
+        "stage `dpo` from `out/sft`",
+        f"width ÷ 4 | yes | {count:,} |",
+        f"python caption.py img.jpg --adapters {tmp_path / 'dpo'}",
+        "adapters.json",
+        "log.jsonl",
+    ):
         assert expected in body
     adapters.save(trained, tmp_path / "sft", "caption", stage="sft", parent=None)
     assert "stage `sft`." in (tmp_path / "sft" / "README.md").read_text() and "{" not in text
@@ -358,17 +451,25 @@ def test_the_model_card_names_base_stage_parent_and_sizes(trained, tiny_base, tm
 def test_a_soft_prompt_alone_is_saved_and_loaded(tiny_base, tiny_model, tmp_path):
     expected_base, slots = run(tiny_model), len(tiny_model.tokenizer.encode(CAPTION_PROMPT))
     trains = adapters.attach(tiny_model, "caption", where=(), soft_prompt=True)
-    assert trains == ["soft_prompts.caption.vectors"] and torch.equal(run(tiny_model), expected_base)
+    assert trains == ["soft_prompts.caption.vectors"] and torch.equal(
+        run(tiny_model), expected_base
+    )
     shake(tiny_model, "caption", by=0.5)
     expected = run(tiny_model)
     adapters.save(tiny_model, tmp_path / "prompt", "caption", stage="sft")
     assert list(load_file(tmp_path / "prompt" / "adapters.safetensors")) == trains
     other = QwenVL.from_pretrained(tiny_base)
     card = adapters.load(other, tmp_path / "prompt")
-    assert card["where"] == [] and card["soft_prompt"] and other.caption_prompt(1).count(
-        other.tokenizer.soft_prompt_id) == slots
+    assert (
+        card["where"] == []
+        and card["soft_prompt"]
+        and other.caption_prompt(1).count(other.tokenizer.soft_prompt_id) == slots
+    )
     assert torch.equal(run(other), expected) and not torch.equal(expected, expected_base)
-    assert f"| none | width ÷ 8 | yes | {slots * 128:,} |" in (tmp_path / "prompt" / "README.md").read_text()
+    assert (
+        f"| none | width ÷ 8 | yes | {slots * 128:,} |"
+        in (tmp_path / "prompt" / "README.md").read_text()
+    )
 
 
 def test_only_attached_adapters_are_saved(tiny_model, tmp_path):
@@ -378,7 +479,9 @@ def test_only_attached_adapters_are_saved(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("fails_at", [0, 1, 2])
-def test_a_full_disk_while_saving_leaves_the_folder_as_it_was(tiny_base, trained, folder, expected, monkeypatch, fails_at):
+def test_a_full_disk_while_saving_leaves_the_folder_as_it_was(
+    tiny_base, trained, folder, expected, monkeypatch, fails_at
+):
     """Saving other adapters over a folder, with the disk full at the tensors, the model card or the description."""
     new = QwenVL.from_pretrained(tiny_base)
     adapters.attach(new, "caption", ("language",), reduction=8)
@@ -392,7 +495,9 @@ def test_a_full_disk_while_saving_leaves_the_folder_as_it_was(tiny_base, trained
                 Path(path).write_bytes(b"{")
                 raise OSError(28, "No space left on device")
             return write(*args, **how)
+
         return writing
+
     with monkeypatch.context() as patch:
         patch.setattr(adapters, "save_file", full(adapters.save_file))
         patch.setattr(Path, "write_text", full(Path.write_text))
@@ -402,7 +507,7 @@ def test_a_full_disk_while_saving_leaves_the_folder_as_it_was(tiny_base, trained
     model = QwenVL.from_pretrained(tiny_base)
     card = adapters.load(model, folder)
     assert card["reduction"] == 4 and torch.equal(run(model), expected)
-    adapters.save(new, folder, "caption", stage="sft")                     # and once there is room again
+    adapters.save(new, folder, "caption", stage="sft")  # and once there is room again
     assert adapters.load(QwenVL.from_pretrained(tiny_base), folder)["reduction"] == 8
 
 
@@ -413,20 +518,39 @@ def save_qa(base, captioner, folder):
     name = adapters.load(model, captioner)["name"]
     adapters.attach(model, "qa", ("language",), reduction=16, below=name)
     shake(model, "qa")
-    adapters.save(model, folder, "qa", stage="qa", threshold=0.625, parent=str(captioner),
-                  parent_hash=adapters.folder_hash(captioner))
+    adapters.save(
+        model,
+        folder,
+        "qa",
+        stage="qa",
+        threshold=0.625,
+        parent=str(captioner),
+        parent_hash=adapters.folder_hash(captioner),
+    )
     return model
 
 
-def test_a_qa_adapter_comes_back_below_its_captioner(tiny_base, folder, expected, tiny_model, tmp_path):
+def test_a_qa_adapter_comes_back_below_its_captioner(
+    tiny_base, folder, expected, tiny_model, tmp_path
+):
     both = run(save_qa(tiny_base, folder, tmp_path / "qa"))
     adapters.load(tiny_model, folder)
     card = adapters.load(tiny_model, tmp_path / "qa")
-    expected_card = {"name": "qa", "where": ["language"], "reduction": 16, "soft_prompt": False, "below": "caption",
-                     "stage": "qa", "threshold": 0.625, "parent": str(folder),
-                     "parent_hash": adapters.folder_hash(folder)}
+    expected_card = {
+        "name": "qa",
+        "where": ["language"],
+        "reduction": 16,
+        "soft_prompt": False,
+        "below": "caption",
+        "stage": "qa",
+        "threshold": 0.625,
+        "parent": str(folder),
+        "parent_hash": adapters.folder_hash(folder),
+    }
     assert {key: card[key] for key in expected_card} == expected_card
-    assert {slot.stack for slot, _ in adapters.slots(tiny_model, ("language",))} == {("qa", "caption")}
+    assert {slot.stack for slot, _ in adapters.slots(tiny_model, ("language",))} == {
+        ("qa", "caption")
+    }
     assert {slot.stack for slot, _ in adapters.slots(tiny_model, ("vision",))} == {("caption",)}
     assert tiny_model.soft_prompts.stack == ("caption",)
     assert torch.equal(run(tiny_model), both) and not torch.equal(both, expected)
@@ -437,7 +561,9 @@ def test_a_qa_adapter_comes_back_below_its_captioner(tiny_base, folder, expected
     assert not any(p.requires_grad for p in tiny_model.parameters())
 
 
-def test_a_qa_adapter_is_refused_without_its_captioner_or_with_another(tiny_base, trained, folder, tiny_model, tmp_path):
+def test_a_qa_adapter_is_refused_without_its_captioner_or_with_another(
+    tiny_base, trained, folder, tiny_model, tmp_path
+):
     save_qa(tiny_base, folder, tmp_path / "qa")
     with pytest.raises(InputError, match="not the one loaded"):
         adapters.load(tiny_model, tmp_path / "qa")
@@ -449,9 +575,14 @@ def test_a_qa_adapter_is_refused_without_its_captioner_or_with_another(tiny_base
     assert adapters.names_of(tiny_model, "qa") == []
 
 
-@pytest.mark.parametrize("how", [{"kind": "lora"}, {"where": (), "soft_prompt": True}, {"where": ("vision",)}],
-                         ids=["lora", "prompt alone", "vision alone"])
-def test_a_qa_adapter_knows_its_captioner_whatever_that_is_made_of(tiny_base, tiny_model, tmp_path, how):
+@pytest.mark.parametrize(
+    "how",
+    [{"kind": "lora"}, {"where": (), "soft_prompt": True}, {"where": ("vision",)}],
+    ids=["lora", "prompt alone", "vision alone"],
+)
+def test_a_qa_adapter_knows_its_captioner_whatever_that_is_made_of(
+    tiny_base, tiny_model, tmp_path, how
+):
     captioner = QwenVL.from_pretrained(tiny_base)
     for number in range(2):
         if number == 0:

@@ -1,4 +1,5 @@
 """caption.py as a user runs it: what is said where, with what, and that no mistake ends in a traceback."""
+
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ def nowhere(tmp_path, monkeypatch):
 
     def unreachable(*_, **__):
         raise ConnectionError("no route to the Hub\nsecond line")
+
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
 
 
@@ -47,7 +49,9 @@ def photos(tmp_path):
 
 
 def picture(path, seed):
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(path)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(
+        path
+    )
     return path
 
 
@@ -78,12 +82,15 @@ def base_that_says(folder, tiny_base, *words):
         chain += ids
     for name, tensor in tensors.items():
         if name.startswith("transformer.h.") and name.endswith("c_proj.weight"):
-            tensor.zero_()                              # the next token depends on the last one alone
+            tensor.zero_()  # the next token depends on the last one alone
     table = torch.nn.functional.normalize(tensors["transformer.wte.weight"], dim=-1)
     head = torch.zeros_like(table)
     for last, following in dict.fromkeys(pairwise(chain)):
         head[following] += table[last]
-    save_file({**tensors, "transformer.wte.weight": table, "lm_head.weight": head}, folder / "model.safetensors")
+    save_file(
+        {**tensors, "transformer.wte.weight": table, "lm_head.weight": head},
+        folder / "model.safetensors",
+    )
     return folder
 
 
@@ -108,7 +115,7 @@ def test_one_image_is_one_line_on_stdout(tiny_base, tmp_path, photos, capsys):
 def test_several_images_are_named_and_in_the_order_given(tiny_base, photos, capsys):
     files = [photos / name for name in ("more/z.gif", "b.png", "a.JPG")]
     alone = [run(capsys, file, "--base", tiny_base, *SHORT)[1][0] for file in files]
-    assert len(set(alone)) == 3                         # the captions are of the images
+    assert len(set(alone)) == 3  # the captions are of the images
     code, out, err = run(capsys, *files, "--base", tiny_base, *SHORT)
     assert code == 0 and len(err) == 1
     assert out == [f"{file}: {text}" for file, text in zip(files, alone)]
@@ -123,7 +130,9 @@ def test_a_folder_is_searched_with_its_subfolders(tiny_base, photos, capsys):
 
 
 def test_rows_of_json(tiny_base, tmp_path, photos, capsys):
-    base = base_that_says(tmp_path / "base", tiny_base, " background", " gray", ",", " red", " ring", None)
+    base = base_that_says(
+        tmp_path / "base", tiny_base, " background", " gray", ",", " red", " ring", None
+    )
     code, out, _ = run(capsys, photos / "b.png", photos / "a.JPG", "--base", base, "--jsonl")
     expected = {"caption": " background gray, red ring", "finish": "eos", "tokens": 5}
     assert code == 0
@@ -140,7 +149,7 @@ def test_captions_in_json_are_readable_text(tiny_base, tmp_path, capsys):
 # ---------------------------------------------------------------- bad images
 def damage(photos):
     whole = (photos / "b.png").read_bytes()
-    (photos / "bad.png").write_bytes(whole[:len(whole) // 2])
+    (photos / "bad.png").write_bytes(whole[: len(whole) // 2])
     return photos / "bad.png"
 
 
@@ -151,18 +160,34 @@ def test_a_bad_image_is_named_and_the_others_are_captioned(batch, tiny_base, pho
     code, out, err = run(capsys, *files, "--base", tiny_base, *SHORT, *batch)
     assert code == 1
     assert [line.split(": ")[0] for line in out] == [str(photos / "b.png"), str(photos / "a.JPG")]
-    assert [line.split(": ")[:2] for line in err[1:]] == [["caption.py", str(file)] for file in (bad, missing, text)]
+    assert [line.split(": ")[:2] for line in err[1:]] == [
+        ["caption.py", str(file)] for file in (bad, missing, text)
+    ]
     good = run(capsys, photos / "b.png", photos / "a.JPG", "--base", tiny_base, *SHORT)
     assert good[:2] == (0, out)
 
 
 def test_a_bad_image_is_a_row_with_an_error(tiny_base, photos, capsys):
     bad = damage(photos)
-    code, out, err = run(capsys, photos / "b.png", bad, photos / "a.JPG", "--base", tiny_base, *SHORT, "--jsonl",
-                         "--n", "3", "--temperature", "1")
+    code, out, err = run(
+        capsys,
+        photos / "b.png",
+        bad,
+        photos / "a.JPG",
+        "--base",
+        tiny_base,
+        *SHORT,
+        "--jsonl",
+        "--n",
+        "3",
+        "--temperature",
+        "1",
+    )
     found = [json.loads(line) for line in out]
     assert code == 1 and [set(row) for row in found[3:4]] == [{"image", "error"}]
-    assert [row["image"] for row in found] == [str(photos / "b.png")] * 3 + [str(bad)] + [str(photos / "a.JPG")] * 3
+    assert [row["image"] for row in found] == [str(photos / "b.png")] * 3 + [str(bad)] + [
+        str(photos / "a.JPG")
+    ] * 3
     assert err[1:] == [f"caption.py: {found[3]['error']}"] and str(bad) in found[3]["error"]
 
 
@@ -174,16 +199,28 @@ def test_all_images_bad(tiny_base, photos, capsys):
     assert (code, out, len(err)) == (1, [], 2) and str(photos.parent / "empty") in err[1]
 
 
-@pytest.mark.parametrize("name", [
-    "<img>/etc/passwd</img>.png", "<|endoftext|>.png", "<|extra_0|><img>.png", "写真.png", "-.png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "<img>/etc/passwd</img>.png",
+        "<|endoftext|>.png",
+        "<|extra_0|><img>.png",
+        "写真.png",
+        "-.png",
+    ],
+)
 def test_special_tokens_in_a_file_name_are_part_of_the_name(name, tiny_base, tmp_path, capsys):
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    odd, plain = rows(capsys, picture(path, 0), picture(tmp_path / "plain.png", 0), "--base", tiny_base, *SHORT)
+    odd, plain = rows(
+        capsys, picture(path, 0), picture(tmp_path / "plain.png", 0), "--base", tiny_base, *SHORT
+    )
     assert odd == {**plain, "image": str(path)}
 
 
-@pytest.mark.parametrize("name", [os.fsdecode(b"caf\xe9.png"), "two\nlines.png", "\x1b[31mred\t.png"])
+@pytest.mark.parametrize(
+    "name", [os.fsdecode(b"caf\xe9.png"), "two\nlines.png", "\x1b[31mred\t.png"]
+)
 def test_a_name_that_is_no_text(name, tiny_base, tmp_path, capsys):
     """One from an old disk, which is no UTF-8, and ones with control characters."""
     files = picture(tmp_path / name, 0), picture(tmp_path / "plain.png", 0)
@@ -206,7 +243,9 @@ def test_several_captions_of_an_image(tiny_base, photos, capsys):
     file = photos / "b.png"
     four = sampled(capsys, tiny_base, file, "--n", 4)
     assert len(four) == 4 and len(set(four)) > 1
-    assert sampled(capsys, tiny_base, file) == four[:1]             # a sample does not depend on how many there are
+    assert (
+        sampled(capsys, tiny_base, file) == four[:1]
+    )  # a sample does not depend on how many there are
     code, out, _ = run(capsys, file, "--base", tiny_base, "--n", 4, "--temperature", 1, *SHORT)
     assert code == 0 and len(out) == 4
 
@@ -217,7 +256,9 @@ def test_the_seed_decides(tiny_base, photos, capsys):
     assert all(a != b for a, b in zip(first, sampled(capsys, tiny_base, photos, "--seed", 8)))
 
 
-def test_samples_depend_on_the_name_in_the_folder_not_on_where_it_lies(tiny_base, photos, tmp_path, capsys):
+def test_samples_depend_on_the_name_in_the_folder_not_on_where_it_lies(
+    tiny_base, photos, tmp_path, capsys
+):
     elsewhere = shutil.copytree(photos, tmp_path / "elsewhere" / "copy")
     first = sampled(capsys, tiny_base, photos)
     assert sampled(capsys, tiny_base, elsewhere) == first
@@ -228,8 +269,10 @@ def test_samples_depend_on_the_name_in_the_folder_not_on_where_it_lies(tiny_base
 
 @pytest.mark.parametrize("options", [("--temperature", "0"), ("--temperature", "1", "--n", "3")])
 def test_the_batch_does_not_change_captions(options, tiny_base, photos, capsys):
-    several = [rows(capsys, photos, "--base", tiny_base, "--max-new-tokens", 12, *options, *batch)
-               for batch in ((), ("--batch", "1"), ("--batch", "2"), ("--batch", "100"))]
+    several = [
+        rows(capsys, photos, "--base", tiny_base, "--max-new-tokens", 12, *options, *batch)
+        for batch in ((), ("--batch", "1"), ("--batch", "2"), ("--batch", "100"))
+    ]
     assert all(found == several[0] for found in several)
 
 
@@ -242,25 +285,44 @@ def test_temperature_and_top_p_near_their_limits_are_the_likeliest_token(tiny_ba
 
 # ---------------------------------------------------------------- length and loops
 def test_max_new_tokens(tiny_base, tmp_path, photos, capsys):
-    base = base_that_says(tmp_path / "base", tiny_base, " background", " gray", ",", " red", " ring", None)
-    for most, expected in ((1, " background"), (2, " background gray"), (5, " background gray, red ring")):
+    base = base_that_says(
+        tmp_path / "base", tiny_base, " background", " gray", ",", " red", " ring", None
+    )
+    for most, expected in (
+        (1, " background"),
+        (2, " background gray"),
+        (5, " background gray, red ring"),
+    ):
         row = rows(capsys, photos / "b.png", "--base", base, "--max-new-tokens", most)[0]
         assert (row["caption"], row["tokens"], row["finish"]) == (expected, most, "length")
-    assert rows(capsys, photos / "b.png", "--base", base, "--max-new-tokens", 6)[0]["finish"] == "eos"
+    assert (
+        rows(capsys, photos / "b.png", "--base", base, "--max-new-tokens", 6)[0]["finish"] == "eos"
+    )
 
 
 def test_the_context_is_the_longest_unless_told(tiny_base, photos, capsys):
     views_and_prompt = 6 * (4 + 2) + len(Tokenizer(tiny_base).encode(CAPTION_PROMPT))
     expected_room = 128 - views_and_prompt
-    wild = (photos / "b.png", "--base", tiny_base, "--temperature", 3)             # so that it does not loop or end
-    for options, expected_tokens in ((), expected_room), (("--max-new-tokens", 1000), expected_room), (
-            ("--max-new-tokens", 100, "--past-context"), 100):
+    wild = (
+        photos / "b.png",
+        "--base",
+        tiny_base,
+        "--temperature",
+        3,
+    )  # so that it does not loop or end
+    for options, expected_tokens in (
+        ((), expected_room),
+        (("--max-new-tokens", 1000), expected_room),
+        (("--max-new-tokens", 100, "--past-context"), 100),
+    ):
         row = rows(capsys, *wild, *options)[0]
         assert (row["finish"], row["tokens"]) == ("length", expected_tokens)
 
 
 def test_a_repeated_tail_is_said_once_and_kept_in_json(tiny_base, tmp_path, photos, capsys):
-    base = base_that_says(tmp_path / "base", tiny_base, " background", " gray", ",", " red", " ring", ",")
+    base = base_that_says(
+        tmp_path / "base", tiny_base, " background", " gray", ",", " red", " ring", ","
+    )
     row = rows(capsys, photos / "b.png", "--base", base)[0]
     expected_caption = " background gray, red ring, red ring, red ring"
     assert (row["caption"], row["finish"]) == (expected_caption, "repeat")
@@ -275,16 +337,31 @@ def test_one_word_over_and_over_is_a_loop_too(tiny_base, tmp_path, photos, capsy
 
 
 # ---------------------------------------------------------------- mistakes
-@pytest.mark.parametrize("argv, expected_word", [
-    ([], "IMAGE"), (["x.png", "--n", "0"], "--n"), (["x.png", "--n", "-1"], "--n"), (["x.png", "--n", "two"], "--n"),
-    (["x.png", "--n", "2"], "--temperature"), (["x.png", "--temperature", "-0.1"], "--temperature"),
-    (["x.png", "--temperature", "nan"], "--temperature"), (["x.png", "--temperature", "inf"], "--temperature"),
-    (["x.png", "--temperature", "hot"], "--temperature"), (["x.png", "--top-p", "0"], "--top-p"),
-    (["x.png", "--top-p", "1.01"], "--top-p"), (["x.png", "--top-p", "nan"], "--top-p"),
-    (["x.png", "--max-new-tokens", "0"], "--max-new-tokens"), (["x.png", "--max-new-tokens", "1.5"], "--max-new"),
-    (["x.png", "--past-context"], "--max-new-tokens"), (["x.png", "--batch", "0"], "--batch"),
-    (["x.png", "--seed", "a"], "--seed"), (["x.png", "--dtype", "int8"], "--dtype"),
-    (["x.png", "--colour"], "--colour"), (["x.png", "--temperature", ""], "--temperature")])
+@pytest.mark.parametrize(
+    "argv, expected_word",
+    [
+        ([], "IMAGE"),
+        (["x.png", "--n", "0"], "--n"),
+        (["x.png", "--n", "-1"], "--n"),
+        (["x.png", "--n", "two"], "--n"),
+        (["x.png", "--n", "2"], "--temperature"),
+        (["x.png", "--temperature", "-0.1"], "--temperature"),
+        (["x.png", "--temperature", "nan"], "--temperature"),
+        (["x.png", "--temperature", "inf"], "--temperature"),
+        (["x.png", "--temperature", "hot"], "--temperature"),
+        (["x.png", "--top-p", "0"], "--top-p"),
+        (["x.png", "--top-p", "1.01"], "--top-p"),
+        (["x.png", "--top-p", "nan"], "--top-p"),
+        (["x.png", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["x.png", "--max-new-tokens", "1.5"], "--max-new"),
+        (["x.png", "--past-context"], "--max-new-tokens"),
+        (["x.png", "--batch", "0"], "--batch"),
+        (["x.png", "--seed", "a"], "--seed"),
+        (["x.png", "--dtype", "int8"], "--dtype"),
+        (["x.png", "--colour"], "--colour"),
+        (["x.png", "--temperature", ""], "--temperature"),
+    ],
+)
 def test_nonsense_is_refused_in_a_line(argv, expected_word, capsys):
     with pytest.raises(SystemExit) as stop:
         caption.main(argv)
@@ -303,10 +380,13 @@ def refused(capsys, *argv):
 
 def test_a_base_that_is_not_there(tiny_base, photos, tmp_path, capsys):
     file = photos / "b.png"
-    for argv, name in ([file], "Qwen/Qwen-VL"), ([file, "--base", "someone/model"], "someone/model"):
+    for argv, name in (
+        ([file], "Qwen/Qwen-VL"),
+        ([file, "--base", "someone/model"], "someone/model"),
+    ):
         message = refused(capsys, *argv)
         assert name in message and "no route to the Hub" in message and "second line" not in message
-        assert f"hf download {name}" in message and "--base assets/toy" in message         # both ways out
+        assert f"hf download {name}" in message and "--base assets/toy" in message  # both ways out
     for name in ("nowhere", "/nowhere/at/all", str(file)):
         assert name in refused(capsys, file, "--base", name)
     (tmp_path / "hollow").mkdir()
@@ -318,12 +398,16 @@ def test_a_base_that_is_not_there(tiny_base, photos, tmp_path, capsys):
 
 @pytest.mark.parametrize("device", ["toaster", "meta", "cuda:99", "cpu:x", ""])
 def test_a_device_that_is_not_there(device, tiny_base, photos, capsys):
-    assert "--device" in refused(capsys, photos / "b.png", "--base", tiny_base, f"--device={device}")
+    assert "--device" in refused(
+        capsys, photos / "b.png", "--base", tiny_base, f"--device={device}"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtypes(dtype, tiny_base, photos, capsys):
-    code, out, err = run(capsys, photos / "b.png", "--base", tiny_base, "--dtype", dtype, "--device", "cpu", *SHORT)
+    code, out, err = run(
+        capsys, photos / "b.png", "--base", tiny_base, "--dtype", dtype, "--device", "cpu", *SHORT
+    )
     assert code == 0 and len(out) == 1 and out[0]
     assert err == [f"base {tiny_base}, no adapters, its own caption prompt, {dtype} on cpu"]
 
@@ -350,25 +434,28 @@ def test_the_newest_adapters_are_found(tiny_base, photos, capsys):
         folder = train(tiny_base, Path(name), seed=when)
         os.utime(folder / "adapters.json", (1e9 + when, 1e9 + when))
         said[name] = with_adapters(capsys, file, "--adapters", name)[0]
-    assert len({bare, *said.values()}) == 4                         # all four speak differently
+    assert len({bare, *said.values()}) == 4  # all four speak differently
 
     def expect(name, *argv):
         caption_, used = with_adapters(capsys, file, *argv)
-        assert caption_ == said[name] and used == f"base {tiny_base}, adapters {name}, float32 on cpu"
-    expect("out/dpo")                                               # the newest, though not the last by name
+        assert (
+            caption_ == said[name] and used == f"base {tiny_base}, adapters {name}, float32 on cpu"
+        )
+
+    expect("out/dpo")  # the newest, though not the last by name
     expect("out/dpo", "--base", tiny_base)
     os.utime("out/dpo-2/adapters.json", (2e9, 2e9))
     expect("out/dpo-2")
     Path("out/best.txt").write_text("out/dpo\n")
     expect("out/dpo")
-    Path("out/best.txt").write_text("sft\n")                        # a name within out/ will do
+    Path("out/best.txt").write_text("sft\n")  # a name within out/ will do
     expect("out/sft")
-    expect("out/dpo-2", "--adapters", "out/dpo-2")                  # what is asked for goes before what is best
+    expect("out/dpo-2", "--adapters", "out/dpo-2")  # what is asked for goes before what is best
     assert with_adapters(capsys, file, "--adapters", "none", "--base", tiny_base)[0] == bare
     Path("out/best.txt").unlink()
     shutil.rmtree("out/dpo")
     shutil.rmtree("out/dpo-2")
-    (Path("out") / "dpo-3").mkdir()                                 # a run that has not saved yet
+    (Path("out") / "dpo-3").mkdir()  # a run that has not saved yet
     expect("out/sft")
 
 
@@ -377,7 +464,9 @@ def test_adapters_of_another_base(tiny_base, tmp_path, photos, capsys):
     train(tiny_base, Path("out/sft"))
     message = refused(capsys, photos / "b.png", "--base", other, "--adapters", "out/sft")
     assert str(tiny_base) in message and str(other) in message and "out/sft" in message
-    _, used = with_adapters(capsys, photos / "b.png", "--base", other)          # found, not asked for: left, and said
+    _, used = with_adapters(
+        capsys, photos / "b.png", "--base", other
+    )  # found, not asked for: left, and said
     assert used == f"base {other}, no adapters, its own caption prompt, float32 on cpu"
 
 
@@ -388,10 +477,16 @@ def test_adapters_that_are_none(tiny_base, photos, tmp_path, capsys):
     Path("out").mkdir()
     Path("out/best.txt").write_text("out/gone\n")
     assert "gone" in refused(capsys, file)
-    for name, text in (("adapters.safetensors", "half"), ("adapters.json", "{"), ("adapters.json", "[]")):
+    for name, text in (
+        ("adapters.safetensors", "half"),
+        ("adapters.json", "{"),
+        ("adapters.json", "[]"),
+    ):
         shutil.copytree(folder, tmp_path / "broken", dirs_exist_ok=True)
         (tmp_path / "broken" / name).write_text(text)
-        assert str(tmp_path / "broken") in refused(capsys, file, "--base", tiny_base, "--adapters", tmp_path / "broken")
+        assert str(tmp_path / "broken") in refused(
+            capsys, file, "--base", tiny_base, "--adapters", tmp_path / "broken"
+        )
 
 
 # ---------------------------------------------------------------- reported, and not so yet
@@ -400,7 +495,10 @@ def test_another_spelling_of_the_base_keeps_its_adapters(spelled, tiny_base, pho
     """`--base assets/toy/`, as a shell completes it, silently drops the adapters trained on assets/toy."""
     shutil.copytree(tiny_base, "toy")
     train("toy", Path("out/sft"))
-    assert "adapters out/sft" in with_adapters(capsys, photos / "b.png", "--base", spelled.format("toy", "toy"))[1]
+    assert (
+        "adapters out/sft"
+        in with_adapters(capsys, photos / "b.png", "--base", spelled.format("toy", "toy"))[1]
+    )
 
 
 def test_an_image_given_twice_under_two_names(tiny_base, photos, capsys):
@@ -436,8 +534,16 @@ def test_a_line_break_in_a_name_does_not_break_the_row(tiny_base, tmp_path, caps
 def program(*argv, cwd, **options):
     """caption.py in a process of its own, offline."""
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cwd), **options.pop("env", {})}
-    return subprocess.run([sys.executable, caption.__file__, *map(str, argv)], cwd=cwd, env=env, timeout=120, text=True,
-                          encoding="utf-8", stderr=subprocess.PIPE, **{"stdout": subprocess.PIPE, **options})
+    return subprocess.run(
+        [sys.executable, caption.__file__, *map(str, argv)],
+        cwd=cwd,
+        env=env,
+        timeout=120,
+        text=True,
+        encoding="utf-8",
+        stderr=subprocess.PIPE,
+        **{"stdout": subprocess.PIPE, **options},
+    )
 
 
 def test_the_program_with_good_and_bad_images(tiny_base, tmp_path, photos):

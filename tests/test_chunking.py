@@ -1,4 +1,5 @@
 """chunking.py: the views against the official preprocessing, open_image against every bad file we could think of."""
+
 import hashlib
 import io
 import os
@@ -25,7 +26,7 @@ from plumbing.images import MAX_PIXELS, open_image, to_rgb
 FIXTURES = Path(__file__).parent / "fixtures"
 WHITE = (255, 255, 255)
 
-pytestmark = pytest.mark.filterwarnings("error")        # a warning that open_image lets out is a failure
+pytestmark = pytest.mark.filterwarnings("error")  # a warning that open_image lets out is a failure
 
 
 @pytest.fixture(autouse=True)
@@ -82,8 +83,13 @@ def png_chunk(kind, data):
 
 def png(width, height, rows=b"", depth=8, color=2, extra=b""):
     header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + extra + png_chunk(b"IDAT", zlib.compress(rows))
-            + png_chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", header)
+        + extra
+        + png_chunk(b"IDAT", zlib.compress(rows))
+        + png_chunk(b"IEND", b"")
+    )
 
 
 def tiff(width, height, strips, compression=1, bits=8, more=()):
@@ -93,42 +99,77 @@ def tiff(width, height, strips, compression=1, bits=8, more=()):
     first = lists + 8 * n
     offsets = [first + sum(map(len, strips[:i])) for i in range(n)]
     place = (offsets[0], len(strips[0])) if n == 1 else (lists, lists + 4 * n)
-    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, bits), (259, 3, 1, compression), (262, 3, 1, 1),
-            (273, 4, n, place[0]), (277, 3, 1, 1), (278, 4, 1, -(-height // n)), (279, 4, n, place[1]), *more]
-    return (b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in sorted(tags))
-            + bytes(4) + struct.pack(f"<{2 * n}I", *offsets, *map(len, strips)) + b"".join(strips))
+    tags = [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, 1, bits),
+        (259, 3, 1, compression),
+        (262, 3, 1, 1),
+        (273, 4, n, place[0]),
+        (277, 3, 1, 1),
+        (278, 4, 1, -(-height // n)),
+        (279, 4, n, place[1]),
+        *more,
+    ]
+    return (
+        b"II*\0"
+        + struct.pack("<IH", 8, len(tags))
+        + b"".join(struct.pack("<HHII", *tag) for tag in sorted(tags))
+        + bytes(4)
+        + struct.pack(f"<{2 * n}I", *offsets, *map(len, strips))
+        + b"".join(strips)
+    )
 
 
 def gif(screen, frame, data=bytes([2, 2, 0x4C, 1, 0])):
     """A GIF of one frame; the default data is a single pixel."""
-    return (b"GIF89a" + struct.pack("<HHBBB", *screen, 0x80, 0, 0) + bytes(6)
-            + b"," + struct.pack("<HHHHB", 0, 0, *frame, 0) + data + b";")
+    return (
+        b"GIF89a"
+        + struct.pack("<HHBBB", *screen, 0x80, 0, 0)
+        + bytes(6)
+        + b","
+        + struct.pack("<HHHHB", 0, 0, *frame, 0)
+        + data
+        + b";"
+    )
 
 
 def bmp(width, height, data=b""):
-    return (b"BM" + struct.pack("<IHHI", 54 + len(data), 0, 0, 54)
-            + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0) + data)
+    return (
+        b"BM"
+        + struct.pack("<IHHI", 54 + len(data), 0, 0, 54)
+        + struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+        + data
+    )
 
 
 def webp(width, height):
     """A WebP animation of one frame of 4×4 pixels on a canvas of any size."""
+
     def chunk(kind, data):
         return kind + struct.pack("<I", len(data)) + data
+
     canvas = b"\2\0\0\0" + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
     frame = bytes(6) + b"\3\0\0\3\0\0" + bytes(4) + encode(Image.new("RGB", (4, 4)), "WEBP")[12:]
-    return chunk(b"RIFF", b"WEBP" + chunk(b"VP8X", canvas) + chunk(b"ANIM", bytes(6)) + chunk(b"ANMF", frame))
+    return chunk(
+        b"RIFF", b"WEBP" + chunk(b"VP8X", canvas) + chunk(b"ANIM", bytes(6)) + chunk(b"ANMF", frame)
+    )
 
 
 def jpeg(width, height):
     data = encode(Image.new("RGB", (8, 8)), "JPEG")
-    at = data.index(b"\xff\xc0") + 5                            # of the frame header's height and width
-    return data[:at] + struct.pack(">HH", height, width) + data[at + 4:]
+    at = data.index(b"\xff\xc0") + 5  # of the frame header's height and width
+    return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
 
 
 def exif(*entries):
     """An EXIF block of (tag, type, count, four bytes)."""
-    return (b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries))
-            + b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in sorted(entries)) + bytes(4))
+    return (
+        b"Exif\0\0II*\0\x08\0\0\0"
+        + struct.pack("<H", len(entries))
+        + b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in sorted(entries))
+        + bytes(4)
+    )
 
 
 def orientation(value):
@@ -139,8 +180,10 @@ def orientation(value):
 def test_view_0_is_the_official_preprocessing_bit_for_bit():
     """Made by the official code from the same pixels; only hashes of its float32 results are kept."""
     raw = load_file(FIXTURES / "preproc.safetensors")
-    expected_sha256 = ("05c98c0b833cf8e522546f2214f54661129ceffd4c000b3ecc0780df6916da66",
-                       "e71fb9d524c56ae6d6db9b9268de596910cf0c0a6a62d62d2fdf91cabb463abe")
+    expected_sha256 = (
+        "05c98c0b833cf8e522546f2214f54661129ceffd4c000b3ecc0780df6916da66",
+        "e71fb9d524c56ae6d6db9b9268de596910cf0c0a6a62d62d2fdf91cabb463abe",
+    )
     for i, expected in enumerate(expected_sha256):
         view = views(Image.fromarray(raw[f"{i}.raw"].numpy()))[0]
         assert view.shape == (3, 448, 448) and view.dtype == torch.float32
@@ -159,11 +202,17 @@ def test_crops_are_cut_from_the_original_at_twice_the_size(size, shape):
     image = photo(*shape)
     full = np.asarray(image.resize((2 * size, 2 * size), Image.BICUBIC))
     half = size // 2
-    corners = [(0, 0), (0, size), (size, 0), (size, size), (half, half)]            # top, left of views 1 to 5
+    corners = [
+        (0, 0),
+        (0, size),
+        (size, 0),
+        (size, size),
+        (half, half),
+    ]  # top, left of views 1 to 5
     got = views(image, size)
     assert got.shape == (6, 3, size, size) and got.dtype == torch.float32 and got.is_contiguous()
     for view, (top, left) in zip(got[1:], corners):
-        assert (view - reference(full[top:top + size, left:left + size])).abs().max() < 1e-6
+        assert (view - reference(full[top : top + size, left : left + size])).abs().max() < 1e-6
     whole = np.asarray(image.resize((size, size), Image.BICUBIC))
     assert (got[0] - reference(whole)).abs().max() < 1e-6
 
@@ -171,13 +220,19 @@ def test_crops_are_cut_from_the_original_at_twice_the_size(size, shape):
 def test_views_look_where_they_should():
     """Four quadrants of one colour each and a square on the seam, told by colour: no resizing to compare with."""
     colors = np.array([[(200, 0, 0), (0, 200, 0)], [(0, 0, 200), (200, 200, 0)]], dtype=np.uint8)
-    pixels = colors.repeat(150, axis=0).repeat(101, axis=1)                         # 300 high, 202 wide
+    pixels = colors.repeat(150, axis=0).repeat(101, axis=1)  # 300 high, 202 wide
     pixels[135:165, 91:111] = 255
     got = views(Image.fromarray(pixels), 56)
-    seen = [tuple(((v * chunking.STD + chunking.MEAN) * 255).round().int()[:, 14, 14].tolist()) for v in got]
+    seen = [
+        tuple(((v * chunking.STD + chunking.MEAN) * 255).round().int()[:, 14, 14].tolist())
+        for v in got
+    ]
     expected_seen = [(200, 0, 0), (200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0), (200, 0, 0)]
     assert seen == expected_seen
-    middle = [tuple(((v * chunking.STD + chunking.MEAN) * 255).round().int()[:, 28, 28].tolist()) for v in got]
+    middle = [
+        tuple(((v * chunking.STD + chunking.MEAN) * 255).round().int()[:, 28, 28].tolist())
+        for v in got
+    ]
     expected_middle = [WHITE, (200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0), WHITE]
     assert middle == expected_middle
 
@@ -185,12 +240,16 @@ def test_views_look_where_they_should():
 def test_crops_keep_detail_that_view_0_has_lost():
     noise = np.random.default_rng(1).integers(0, 256, (896, 896, 3), dtype=np.uint8)
     got = views(Image.fromarray(noise))
-    assert (got[1] - reference(noise[:448, :448])).abs().max() < 1e-6               # not one pixel was resampled
+    assert (got[1] - reference(noise[:448, :448])).abs().max() < 1e-6  # not one pixel was resampled
     assert got[0].std() < 0.7 * got[1].std()
 
 
 def test_edited_boxes_give_as_many_views_of_the_same_size(monkeypatch):
-    monkeypatch.setattr(chunking, "BOXES", ((0.125, 0.125, 0.875, 0.875), (0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 1.0, 0.5)))
+    monkeypatch.setattr(
+        chunking,
+        "BOXES",
+        ((0.125, 0.125, 0.875, 0.875), (0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 1.0, 0.5)),
+    )
     image = photo(300, 200)
     got = views(image, 64)
     assert got.shape == (3, 3, 64, 64)
@@ -201,8 +260,9 @@ def test_edited_boxes_give_as_many_views_of_the_same_size(monkeypatch):
     assert torch.equal(got[1], views(image, 64)[1])
 
 
-@pytest.mark.parametrize("shape", [
-    (1, 1), (1, 2), (3, 1), (1, 5000), (65_500, 1), (1, 65_500), (449, 447), (2, 90_000)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 2), (3, 1), (1, 5000), (65_500, 1), (1, 65_500), (449, 447), (2, 90_000)]
+)
 def test_views_of_odd_and_extreme_shapes(shape):
     got = views(Image.new("RGB", shape, (255, 0, 102)), 28)
     expected = reference(np.full((28, 28, 3), (255, 0, 102)))
@@ -214,31 +274,58 @@ def test_real_photographs(name, tmp_path):
     """Those that lie inside scikit-image; nothing is downloaded."""
     pixels = getattr(skimage.data, name)()
     image = Image.fromarray(pixels)
-    assert difference(open_image(write(tmp_path / "a.png", encode(image, "PNG"))), image.convert("RGB")) == 0
+    assert (
+        difference(
+            open_image(write(tmp_path / "a.png", encode(image, "PNG"))), image.convert("RGB")
+        )
+        == 0
+    )
     as_jpeg = open_image(write(tmp_path / "a.jpg", encode(image, "JPEG", quality=90)))
     a, b = views(as_jpeg), views(image.convert("RGB"))
     assert as_jpeg.size == image.size and (a - b).abs().mean() < 0.05
-    assert a.isfinite().all() and a.min() >= -1.8 and a.max() <= 2.2                # what 0 and 255 become
+    assert a.isfinite().all() and a.min() >= -1.8 and a.max() <= 2.2  # what 0 and 255 become
 
 
 # ---------------------------------------------------------------- modes
-MODES = [   # mode, value of all pixels, and the colour that a viewer should see
-    ("1", 255, WHITE), ("1", 0, (0, 0, 0)), ("L", 100, (100,) * 3),
-    ("LA", (100, 255), (100,) * 3), ("LA", (100, 128), (177,) * 3), ("LA", (100, 0), WHITE),
-    ("La", (50, 128), (177,) * 3), ("PA", (0, 0), WHITE),
-    ("RGB", (10, 200, 30), (10, 200, 30)), ("RGBX", (10, 200, 30, 77), (10, 200, 30)),
-    ("RGBA", (200, 0, 0, 255), (200, 0, 0)), ("RGBA", (200, 0, 0, 128), (227, 127, 127)),
+MODES = [  # mode, value of all pixels, and the colour that a viewer should see
+    ("1", 255, WHITE),
+    ("1", 0, (0, 0, 0)),
+    ("L", 100, (100,) * 3),
+    ("LA", (100, 255), (100,) * 3),
+    ("LA", (100, 128), (177,) * 3),
+    ("LA", (100, 0), WHITE),
+    ("La", (50, 128), (177,) * 3),
+    ("PA", (0, 0), WHITE),
+    ("RGB", (10, 200, 30), (10, 200, 30)),
+    ("RGBX", (10, 200, 30, 77), (10, 200, 30)),
+    ("RGBA", (200, 0, 0, 255), (200, 0, 0)),
+    ("RGBA", (200, 0, 0, 128), (227, 127, 127)),
     ("RGBA", (200, 0, 0, 0), WHITE),
     ("RGBa", (100, 0, 0, 128), (227, 127, 127)),
-    ("CMYK", (255, 0, 0, 0), (0, 255, 255)), ("CMYK", (0, 0, 0, 255), (0, 0, 0)),
-    ("YCbCr", (76, 85, 255), (254, 0, 0)), ("HSV", (85, 255, 255), (0, 255, 0)),
-    ("LAB", (255, 128, 128), WHITE), ("LAB", (125, 164, 163), (180, 90, 60)),
-    ("I", 200, (200,) * 3), ("I", 65535, WHITE), ("I", 1000, (4,) * 3), ("I", 2 ** 30, WHITE), ("I", -7, (0, 0, 0)),
-    ("F", 0.5, (128,) * 3), ("F", 200.0, (200,) * 3), ("F", 30000.0, (117,) * 3), ("F", 3e38, WHITE),
+    ("CMYK", (255, 0, 0, 0), (0, 255, 255)),
+    ("CMYK", (0, 0, 0, 255), (0, 0, 0)),
+    ("YCbCr", (76, 85, 255), (254, 0, 0)),
+    ("HSV", (85, 255, 255), (0, 255, 0)),
+    ("LAB", (255, 128, 128), WHITE),
+    ("LAB", (125, 164, 163), (180, 90, 60)),
+    ("I", 200, (200,) * 3),
+    ("I", 65535, WHITE),
+    ("I", 1000, (4,) * 3),
+    ("I", 2**30, WHITE),
+    ("I", -7, (0, 0, 0)),
+    ("F", 0.5, (128,) * 3),
+    ("F", 200.0, (200,) * 3),
+    ("F", 30000.0, (117,) * 3),
+    ("F", 3e38, WHITE),
     ("F", -1.0, (0, 0, 0)),
-    ("F", float("nan"), (0, 0, 0)), ("F", float("inf"), WHITE), ("F", float("-inf"), (0, 0, 0)),
-    *((mode, value, (gray,) * 3) for mode in ("I;16", "I;16L", "I;16B", "I;16N")
-      for value, gray in ((0, 0), (200, 1), (32768, 128), (65535, 255))),
+    ("F", float("nan"), (0, 0, 0)),
+    ("F", float("inf"), WHITE),
+    ("F", float("-inf"), (0, 0, 0)),
+    *(
+        (mode, value, (gray,) * 3)
+        for mode in ("I;16", "I;16L", "I;16B", "I;16N")
+        for value, gray in ((0, 0), (200, 1), (32768, 128), (65535, 255))
+    ),
 ]
 
 
@@ -254,9 +341,15 @@ def test_every_mode_of_pillow_is_tested():
     assert set(Image.MODES) == {mode for mode, _, _ in MODES} | {"P"}
 
 
-@pytest.mark.parametrize("transparency, expected_pixels", [
-    (None, [(10, 20, 30), (200, 0, 0)]), (1, [(10, 20, 30), WHITE]), (bytes([128, 0]), [(132, 137, 142), WHITE]),
-    (bytes([0]), [WHITE, (200, 0, 0)])])
+@pytest.mark.parametrize(
+    "transparency, expected_pixels",
+    [
+        (None, [(10, 20, 30), (200, 0, 0)]),
+        (1, [(10, 20, 30), WHITE]),
+        (bytes([128, 0]), [(132, 137, 142), WHITE]),
+        (bytes([0]), [WHITE, (200, 0, 0)]),
+    ],
+)
 def test_palettes(transparency, expected_pixels, tmp_path):
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 200, 0, 0])
@@ -264,13 +357,20 @@ def test_palettes(transparency, expected_pixels, tmp_path):
     if transparency is not None:
         image.info["transparency"] = transparency
     assert difference(to_rgb(image), [expected_pixels]) <= 1
-    assert difference(open_image(write(tmp_path / "a.png", encode(image, "PNG"))), [expected_pixels]) <= 1
+    assert (
+        difference(open_image(write(tmp_path / "a.png", encode(image, "PNG"))), [expected_pixels])
+        <= 1
+    )
 
 
 STORED = {  # format -> modes that it keeps, and how far its pixels may stray
-    "PNG": ("1 L P LA RGB RGBA I;16 I;16B", 0), "TIFF": ("1 L P PA LA RGB RGBA RGBX CMYK LAB I I;16 I;16B I;16L F", 0),
-    "BMP": ("1 L P RGB", 0), "GIF": ("1 L P RGB RGBA", 0), "WEBP": ("1 L P LA RGB RGBA RGBX", 12),
-    "JPEG": ("1 L RGB RGBX CMYK YCbCr", 12)}
+    "PNG": ("1 L P LA RGB RGBA I;16 I;16B", 0),
+    "TIFF": ("1 L P PA LA RGB RGBA RGBX CMYK LAB I I;16 I;16B I;16L F", 0),
+    "BMP": ("1 L P RGB", 0),
+    "GIF": ("1 L P RGB RGBA", 0),
+    "WEBP": ("1 L P LA RGB RGBA RGBX", 12),
+    "JPEG": ("1 L RGB RGBX CMYK YCbCr", 12),
+}
 
 
 def in_mode(mode):
@@ -278,7 +378,9 @@ def in_mode(mode):
     half = Image.new("L", (16, 16), 255)
     half.paste(0, (0, 0, 8, 16))
     if mode in ("I", "F") or mode.startswith("I;16"):
-        values = np.asarray(half).astype({"F": "<f4", "I": "<i4", "I;16B": ">u2"}.get(mode, "<u2")) * 128
+        values = (
+            np.asarray(half).astype({"F": "<f4", "I": "<i4", "I;16B": ">u2"}.get(mode, "<u2")) * 128
+        )
         return Image.frombytes(mode, half.size, values.tobytes())
     if mode == "LAB":
         return Image.merge("LAB", [half, *[Image.new("L", half.size, 128)] * 2])
@@ -291,17 +393,29 @@ def in_mode(mode):
     return image.convert("RGB").quantize() if mode == "P" else image.convert("RGB").convert(mode)
 
 
-@pytest.mark.parametrize("fmt, mode", [(fmt, mode) for fmt, (modes, _) in STORED.items() for mode in modes.split()])
+@pytest.mark.parametrize(
+    "fmt, mode", [(fmt, mode) for fmt, (modes, _) in STORED.items() for mode in modes.split()]
+)
 def test_modes_through_files(fmt, mode, tmp_path):
     image = in_mode(mode)
     assert image.mode == mode
-    options = {"quality": 95, "lossless": mode != "LA"} if fmt == "WEBP" else {"quality": 95} if fmt == "JPEG" else {}
-    got = open_image(write(tmp_path / "a.jpg", encode(image, fmt, **options)))      # the name does not matter
+    options = (
+        {"quality": 95, "lossless": mode != "LA"}
+        if fmt == "WEBP"
+        else {"quality": 95}
+        if fmt == "JPEG"
+        else {}
+    )
+    got = open_image(
+        write(tmp_path / "a.jpg", encode(image, fmt, **options))
+    )  # the name does not matter
     assert got.size == (16, 16)
     wanted = to_rgb(image)
-    edges = [3, 12]                                     # away from the border, where a JPEG smears
+    edges = [3, 12]  # away from the border, where a JPEG smears
     assert difference(np.asarray(got)[8, edges], np.asarray(wanted)[8, edges]) <= STORED[fmt][1]
-    assert difference(wanted.getpixel((3, 8)), wanted.getpixel((12, 8))) > 50       # there was something to get wrong
+    assert (
+        difference(wanted.getpixel((3, 8)), wanted.getpixel((12, 8))) > 50
+    )  # there was something to get wrong
 
 
 @pytest.mark.parametrize("fmt", ["PNG", "TIFF"])
@@ -321,7 +435,9 @@ def test_transparency_that_is_no_alpha_channel(tmp_path):
     got = open_image(write(tmp_path / "a.png", png(2, 1, b"\0\x40\x50", 8, 0, hidden)))
     assert difference(got, [[WHITE, (80, 80, 80)]]) == 0
     hidden = png_chunk(b"tRNS", struct.pack(">3H", 9, 9, 9))
-    got = open_image(write(tmp_path / "a.png", png(2, 1, b"\0" + bytes([9, 9, 9, 8, 9, 9]), 8, 2, hidden)))
+    got = open_image(
+        write(tmp_path / "a.png", png(2, 1, b"\0" + bytes([9, 9, 9, 8, 9, 9]), 8, 2, hidden))
+    )
     assert difference(got, [[WHITE, (8, 9, 9)]]) == 0
 
 
@@ -346,12 +462,22 @@ def test_a_phone_photo_with_a_second_picture_inside(tmp_path):
 # ---------------------------------------------------------------- EXIF
 def stored_as(pixels, value):
     """How EXIF says upright pixels are stored, from where row 0 and column 0 of the file are seen."""
-    seen = {1: "top left", 2: "top right", 3: "bottom right", 4: "bottom left",
-            5: "left top", 6: "right top", 7: "right bottom", 8: "left bottom"}[value]
+    seen = {
+        1: "top left",
+        2: "top right",
+        3: "bottom right",
+        4: "bottom left",
+        5: "left top",
+        6: "right top",
+        7: "right bottom",
+        8: "left bottom",
+    }[value]
     row, column = seen.split()
     if row in ("left", "right"):
         pixels = pixels.swapaxes(0, 1)
-    return pixels[::-1 if row in ("bottom", "right") else 1, ::-1 if column in ("bottom", "right") else 1]
+    return pixels[
+        :: -1 if row in ("bottom", "right") else 1, :: -1 if column in ("bottom", "right") else 1
+    ]
 
 
 @pytest.mark.parametrize("value", range(1, 9))
@@ -368,9 +494,19 @@ def test_all_orientations_come_upright(fmt, value, tmp_path):
     assert difference(got, to_rgb(Image.fromarray(pixels))) <= (12 if fmt == "JPEG" else 0)
 
 
-@pytest.mark.parametrize("entry", [
-    (256, 2, 4, b"abc\0"), (256, 1, 1, b"\xff" * 4), (258, 4, 1, b"\xff" * 4), (269, 11, 1, b"\xff" * 4),
-    (282, 2, 4, b"abc\0"), (282, 11, 1, b"\xff" * 4), (700, 3, 1, b"\xff" * 4), (34665, 8, 1, b"\xff" * 4)])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        (256, 2, 4, b"abc\0"),
+        (256, 1, 1, b"\xff" * 4),
+        (258, 4, 1, b"\xff" * 4),
+        (269, 11, 1, b"\xff" * 4),
+        (282, 2, 4, b"abc\0"),
+        (282, 11, 1, b"\xff" * 4),
+        (700, 3, 1, b"\xff" * 4),
+        (34665, 8, 1, b"\xff" * 4),
+    ],
+)
 def test_an_odd_tag_does_not_hide_the_orientation(entry, tmp_path):
     """Pillow's own exif_transpose fails on each of these, after it has rotated the image, and the rotation is lost."""
     image = photo(40, 24)
@@ -378,42 +514,84 @@ def test_an_odd_tag_does_not_hide_the_orientation(entry, tmp_path):
     assert open_image(write(tmp_path / "a.jpg", data)).size == (24, 40)
 
 
-@pytest.mark.parametrize("block", [
-    exif(orientation(0)), exif(orientation(9)), exif(orientation(65535)), exif((0x0112, 2, 4, b"six\0")),
-    exif((0x0112, 12, 1, bytes(4))), exif((0x0112, 5, 1, b"\xff" * 4)), exif((0x0112, 3, 2 ** 31, bytes(4))),
-    b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0" + b"\xff" * 500, b"Exif\0\0MM\0*\0\0\0\x08\xff\xff",
-    b"nonsense"])
+@pytest.mark.parametrize(
+    "block",
+    [
+        exif(orientation(0)),
+        exif(orientation(9)),
+        exif(orientation(65535)),
+        exif((0x0112, 2, 4, b"six\0")),
+        exif((0x0112, 12, 1, bytes(4))),
+        exif((0x0112, 5, 1, b"\xff" * 4)),
+        exif((0x0112, 3, 2**31, bytes(4))),
+        b"Exif\0\0",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        b"Exif\0\0" + b"\xff" * 500,
+        b"Exif\0\0MM\0*\0\0\0\x08\xff\xff",
+        b"nonsense",
+    ],
+)
 def test_broken_exif_leaves_the_picture_as_it_is(block, tmp_path):
     image = photo(40, 24)
     for fmt in ("JPEG", "PNG", "WEBP"):
         got = outcome(write(tmp_path / "a", encode(image, fmt, exif=block)))
-        assert got.size == (40, 24) and np.abs(np.asarray(got, int) - np.asarray(image, int)).mean() < 12
+        assert (
+            got.size == (40, 24)
+            and np.abs(np.asarray(got, int) - np.asarray(image, int)).mean() < 12
+        )
 
 
 # ---------------------------------------------------------------- damaged files
 def corpus():
     """name -> the bytes of a good file, over formats, modes and ways to compress."""
-    image, gray16 = photo(), Image.fromarray(np.arange(60 * 70, dtype=np.uint16).reshape(60, 70) * 15)
-    files = {f"jpeg {name}": encode(im, "JPEG", **options) for name, im, options in (
-        ("plain", image, {}), ("progressive", image, {"progressive": True}), ("gray", image.convert("L"), {}),
-        ("cmyk", image.convert("CMYK"), {}), ("exif", image, {"exif": exif(orientation(6), (282, 5, 1, bytes(4)))}))}
+    image, gray16 = (
+        photo(),
+        Image.fromarray(np.arange(60 * 70, dtype=np.uint16).reshape(60, 70) * 15),
+    )
+    files = {
+        f"jpeg {name}": encode(im, "JPEG", **options)
+        for name, im, options in (
+            ("plain", image, {}),
+            ("progressive", image, {"progressive": True}),
+            ("gray", image.convert("L"), {}),
+            ("cmyk", image.convert("CMYK"), {}),
+            ("exif", image, {"exif": exif(orientation(6), (282, 5, 1, bytes(4)))}),
+        )
+    }
     files["mpo"] = encode(image, "MPO", save_all=True, append_images=[image])
-    files |= {f"png {name}": encode(im, "PNG", **options) for name, im, options in (
-        ("rgb", image, {}), ("palette", image.quantize(), {"transparency": 0}), ("16 bit", gray16, {}),
-        ("1", image.convert("1"), {}), ("animated", image, {"save_all": True, "append_images": [image.rotate(9)]}))}
-    files |= {f"webp {name}": encode(im, "WEBP", **options) for name, im, options in (
-        ("lossy", image, {}), ("lossless", image, {"lossless": True}), ("alpha", image.convert("RGBA"), {}),
-        ("animated", image, {"save_all": True, "append_images": [image.rotate(9)]}))}
+    files |= {
+        f"png {name}": encode(im, "PNG", **options)
+        for name, im, options in (
+            ("rgb", image, {}),
+            ("palette", image.quantize(), {"transparency": 0}),
+            ("16 bit", gray16, {}),
+            ("1", image.convert("1"), {}),
+            ("animated", image, {"save_all": True, "append_images": [image.rotate(9)]}),
+        )
+    }
+    files |= {
+        f"webp {name}": encode(im, "WEBP", **options)
+        for name, im, options in (
+            ("lossy", image, {}),
+            ("lossless", image, {"lossless": True}),
+            ("alpha", image.convert("RGBA"), {}),
+            ("animated", image, {"save_all": True, "append_images": [image.rotate(9)]}),
+        )
+    }
     files["gif"] = encode(image, "GIF")
     files["gif animated"] = encode(image, "GIF", save_all=True, append_images=[image.rotate(9)])
     files |= {f"bmp {mode}": encode(image.convert(mode), "BMP") for mode in ("RGB", "P", "1", "L")}
-    files |= {f"tiff {name}": encode(image, "TIFF", **({"compression": name} if name != "raw" else {}))
-              for name in ("raw", "tiff_lzw", "tiff_deflate", "packbits", "jpeg")}
+    files |= {
+        f"tiff {name}": encode(image, "TIFF", **({"compression": name} if name != "raw" else {}))
+        for name in ("raw", "tiff_lzw", "tiff_deflate", "packbits", "jpeg")
+    }
     files["tiff group4"] = encode(image.convert("1"), "TIFF", compression="group4")
     files["tiff 16 bit"] = encode(gray16, "TIFF")
-    rows = [np.asarray(image.convert("L"))[i:i + 15].tobytes() for i in range(0, 60, 15)]
+    rows = [np.asarray(image.convert("L"))[i : i + 15].tobytes() for i in range(0, 60, 15)]
     files["tiff strips"] = tiff(70, 60, rows)
-    files["tiff deflate strips"] = tiff(70, 60, [zlib.compress(strip) for strip in rows], compression=8)
+    files["tiff deflate strips"] = tiff(
+        70, 60, [zlib.compress(strip) for strip in rows], compression=8
+    )
     return files
 
 
@@ -425,7 +603,18 @@ def test_a_file_that_is_cut_off_is_an_error(name, tmp_path):
     """A whole picture may still come of a cut file (its second frame is gone), one with missing pixels never."""
     data, path = CORPUS[name], tmp_path / "cut.jpg"
     whole = np.asarray(open_image(write(path, data)))
-    lengths = sorted({*range(0, len(data), len(data) // 40 + 1), *range(len(data) - 9, len(data)), 1, 2, 3, 8, 12, 30})
+    lengths = sorted(
+        {
+            *range(0, len(data), len(data) // 40 + 1),
+            *range(len(data) - 9, len(data)),
+            1,
+            2,
+            3,
+            8,
+            12,
+            30,
+        }
+    )
     errors = 0
     for length in lengths:
         got = outcome(write(path, data[:length]))
@@ -447,34 +636,47 @@ def test_random_damage_is_an_image_or_an_error(name, tmp_path):
             if change < 0.7:
                 data[at] = rng.randrange(256)
             elif change < 0.8:
-                del data[at:at + rng.randrange(1, 40)]
+                del data[at : at + rng.randrange(1, 40)]
             elif change < 0.9:
                 data[at:at] = rng.randbytes(rng.randrange(1, 40))
             else:
-                data[at:at + 40] = rng.choice((bytes(40), b"\xff" * 40))
+                data[at : at + 40] = rng.choice((bytes(40), b"\xff" * 40))
         outcomes.add(type(outcome(write(path, bytes(data)))))
     assert str in outcomes or name.startswith(("bmp", "jpeg gray", "tiff raw"))
 
 
 def test_random_bytes_behind_every_magic_number(tmp_path):
     rng = random.Random(0)
-    magics = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\xff\0\0\0WEBPVP8 ", b"GIF89a", b"BM", b"II*\0\x08\0\0\0",
-              b"MM\0*\0\0\0\x08", b"II+\0\x08\0\0\0", b"")
+    magics = (
+        b"\xff\xd8\xff",
+        b"\x89PNG\r\n\x1a\n",
+        b"RIFF\xff\0\0\0WEBPVP8 ",
+        b"GIF89a",
+        b"BM",
+        b"II*\0\x08\0\0\0",
+        b"MM\0*\0\0\0\x08",
+        b"II+\0\x08\0\0\0",
+        b"",
+    )
     for magic in magics:
         for length in (0, 1, 5, 50, 500):
-            assert isinstance(outcome(write(tmp_path / "a.png", magic + rng.randbytes(length))), str)
+            assert isinstance(
+                outcome(write(tmp_path / "a.png", magic + rng.randbytes(length))), str
+            )
 
 
 def test_a_wrong_checksum(tmp_path):
     data = CORPUS["png rgb"]
     for kind in (b"IHDR", b"IDAT"):
         at = data.index(kind)
-        length = int.from_bytes(data[at - 4:at], "big")
+        length = int.from_bytes(data[at - 4 : at], "big")
         checksum = at + 4 + length
         damaged = bytearray(data)
         damaged[checksum] ^= 255
         got = outcome(write(tmp_path / "a.png", bytes(damaged)))
-        assert isinstance(got, str) or np.array_equal(got, photo())         # pixels that are right may pass
+        assert isinstance(got, str) or np.array_equal(
+            got, photo()
+        )  # pixels that are right may pass
         damaged[at + 4 + length // 2] ^= 255
         assert isinstance(outcome(write(tmp_path / "a.png", bytes(damaged))), str)
 
@@ -483,9 +685,16 @@ def test_huge_text_chunks(tmp_path):
     """Text that inflates a thousandfold is refused or left alone, and never fills the memory."""
     bomb = zlib.compress(bytes(30_000_000))
     started = time.perf_counter()
-    for kind, text in ((b"zTXt", b"a\0\0" + bomb), (b"iTXt", b"a\0\1\0\0\0" + bomb), (b"iCCP", b"a\0\0" + bomb),
-                       (b"tEXt", b"a\0" + b"x" * 3_000_000), (b"tEXt", b"no end")):
-        got = outcome(write(tmp_path / "a.png", png(1, 1, b"\0\1\2\3", extra=png_chunk(kind, text))))
+    for kind, text in (
+        (b"zTXt", b"a\0\0" + bomb),
+        (b"iTXt", b"a\0\1\0\0\0" + bomb),
+        (b"iCCP", b"a\0\0" + bomb),
+        (b"tEXt", b"a\0" + b"x" * 3_000_000),
+        (b"tEXt", b"no end"),
+    ):
+        got = outcome(
+            write(tmp_path / "a.png", png(1, 1, b"\0\1\2\3", extra=png_chunk(kind, text)))
+        )
         assert isinstance(got, str) or got.getpixel((0, 0)) == (1, 2, 3)
     assert time.perf_counter() - started < 5
 
@@ -495,18 +704,34 @@ def test_huge_text_chunks(tmp_path):
 def decoded(monkeypatch):
     """A list that grows when Pillow makes room for an image's pixels."""
     calls, prepare = [], ImageFile.ImageFile.load_prepare
-    monkeypatch.setattr(ImageFile.ImageFile, "load_prepare", lambda self: (calls.append(self.size), prepare(self))[1])
+    monkeypatch.setattr(
+        ImageFile.ImageFile,
+        "load_prepare",
+        lambda self: (calls.append(self.size), prepare(self))[1],
+    )
     return calls
 
 
 BOMBS = {
-    "png": png(100_000, 100_000), "gif": gif((65535, 65535), (65535, 65535)), "gif frame": gif((1, 1), (65535, 65535)),
-    "tiff": tiff(100_000, 100_000, [b"\0"]), "bmp": bmp(100_000, 100_000), "bmp upside down": bmp(100_000, -100_000),
-    "webp": webp(16384, 16384), "webp larger": webp(2 ** 24, 200), "jpeg": jpeg(65500, 65500),
-    "just above png": png(9460, 9460), "just above gif": gif((9460, 9460), (9460, 9460)),
-    "just above gif frame": gif((1, 1), (9460, 9460)), "just above tiff": tiff(9460, 9460, [b"\0"]),
-    "just above bmp": bmp(9460, 9460), "just above jpeg": jpeg(9460, 9460), "just above webp": webp(9460, 9460),
-    "a long line": png(1_000_001, 1), "a high line": png(1, 1_000_001)}
+    "png": png(100_000, 100_000),
+    "gif": gif((65535, 65535), (65535, 65535)),
+    "gif frame": gif((1, 1), (65535, 65535)),
+    "tiff": tiff(100_000, 100_000, [b"\0"]),
+    "bmp": bmp(100_000, 100_000),
+    "bmp upside down": bmp(100_000, -100_000),
+    "webp": webp(16384, 16384),
+    "webp larger": webp(2**24, 200),
+    "jpeg": jpeg(65500, 65500),
+    "just above png": png(9460, 9460),
+    "just above gif": gif((9460, 9460), (9460, 9460)),
+    "just above gif frame": gif((1, 1), (9460, 9460)),
+    "just above tiff": tiff(9460, 9460, [b"\0"]),
+    "just above bmp": bmp(9460, 9460),
+    "just above jpeg": jpeg(9460, 9460),
+    "just above webp": webp(9460, 9460),
+    "a long line": png(1_000_001, 1),
+    "a high line": png(1, 1_000_001),
+}
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -517,14 +742,16 @@ def test_bombs_are_refused_by_their_header(name, tmp_path, decoded):
 
 
 def test_a_picture_just_below_the_limit_is_decoded(tmp_path, decoded):
-    assert 9459 ** 2 < MAX_PIXELS < 9460 ** 2
-    assert refused(write(tmp_path / "a.png", png(9459, 9459)), "damaged")           # no pixels in it, found by decoding
+    assert 9459**2 < MAX_PIXELS < 9460**2
+    assert refused(
+        write(tmp_path / "a.png", png(9459, 9459)), "damaged"
+    )  # no pixels in it, found by decoding
     assert decoded == [(9459, 9459)]
 
 
 def test_a_gif_of_very_many_frames_costs_one(tmp_path, decoded):
     data = CORPUS["gif"]
-    frame = data[data.index(b","):-1] if data[13:14] == b"," else data[13 + 768:-1]
+    frame = data[data.index(b",") : -1] if data[13:14] == b"," else data[13 + 768 : -1]
     many = data[:-1] + frame * 3000 + b";"
     assert len(many) > 5_000_000
     got = open_image(write(tmp_path / "a.gif", many))
@@ -534,31 +761,68 @@ def test_a_gif_of_very_many_frames_costs_one(tmp_path, decoded):
 
 def test_a_file_of_gigabytes_is_not_read(tmp_path):
     path = write(tmp_path / "a.webp", b"RIFF\xff\xff\xff\xffWEBPVP8 " + bytes(20))
-    os.truncate(path, chunking.MAX_BYTES + 1)                                       # sparse: takes no room on the disk
+    os.truncate(path, chunking.MAX_BYTES + 1)  # sparse: takes no room on the disk
     started = time.perf_counter()
     assert refused(path, "allowed")
-    assert time.perf_counter() - started < 3                                        # reading it takes 7 s
+    assert time.perf_counter() - started < 3  # reading it takes 7 s
 
 
-@pytest.mark.parametrize("data", [
-    png(0, 5), png(5, 0), gif((0, 0), (0, 0)), bmp(0, 5), bmp(5, 0), tiff(0, 5, [b""]), jpeg(0, 9), jpeg(9, 0)])
+@pytest.mark.parametrize(
+    "data",
+    [
+        png(0, 5),
+        png(5, 0),
+        gif((0, 0), (0, 0)),
+        bmp(0, 5),
+        bmp(5, 0),
+        tiff(0, 5, [b""]),
+        jpeg(0, 9),
+        jpeg(9, 0),
+    ],
+)
 def test_no_pixels_at_all(data, tmp_path):
     assert isinstance(outcome(write(tmp_path / "a.png", data)), str)
 
 
 # ---------------------------------------------------------------- what is no image
-@pytest.mark.parametrize("fmt", [
-    "PPM", "EPS", "ICO", "TGA", "PCX", "SGI", "JPEG2000", "DDS", "ICNS", "MSP", "XBM", "DIB", "PDF"])
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        "PPM",
+        "EPS",
+        "ICO",
+        "TGA",
+        "PCX",
+        "SGI",
+        "JPEG2000",
+        "DDS",
+        "ICNS",
+        "MSP",
+        "XBM",
+        "DIB",
+        "PDF",
+    ],
+)
 def test_other_formats_are_refused_whatever_their_name(fmt, tmp_path):
     image = photo(16, 16).convert("1") if fmt in ("XBM", "MSP") else photo(16, 16)
     for name in ("a.jpg", "a.png", "a"):
-        assert refused(write(tmp_path / name, encode(image, fmt)), "cannot be read as any of JPEG, PNG")
+        assert refused(
+            write(tmp_path / name, encode(image, fmt)), "cannot be read as any of JPEG, PNG"
+        )
 
 
 NO_IMAGES = {
-    "empty": b"", "a byte": b"\0", "text": b"hello\n", "html": b"<html></html>", "zip": b"PK\3\4" + bytes(99),
-    "svg": b'<svg xmlns="http://www.w3.org/2000/svg"></svg>', "psd": b"8BPS\0\1" + bytes(100), "zeros": bytes(10_000),
-    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "avif": b"\0\0\0\x1cftypavif" + bytes(50)}
+    "empty": b"",
+    "a byte": b"\0",
+    "text": b"hello\n",
+    "html": b"<html></html>",
+    "zip": b"PK\3\4" + bytes(99),
+    "svg": b'<svg xmlns="http://www.w3.org/2000/svg"></svg>',
+    "psd": b"8BPS\0\1" + bytes(100),
+    "zeros": bytes(10_000),
+    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    "avif": b"\0\0\0\x1cftypavif" + bytes(50),
+}
 
 
 @pytest.mark.parametrize("data", NO_IMAGES.values(), ids=NO_IMAGES)
@@ -584,7 +848,7 @@ def test_what_is_no_file_is_refused(tmp_path):
 def test_pipes_and_devices_are_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     for path in (tmp_path / "pipe.jpg", Path("/dev/zero"), Path("/dev/stdin")):
-        if not path.is_file():                          # stdin may be a file
+        if not path.is_file():  # stdin may be a file
             started = time.perf_counter()
             assert refused(path, "no such image file")
             assert time.perf_counter() - started < 3
@@ -593,8 +857,9 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path):
 def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
     def denied(*_):
         raise PermissionError(13, "Permission denied")
+
     path = write(tmp_path / "a.png", CORPUS["png rgb"])
-    monkeypatch.setattr(Path, "open", denied)           # root, who may run this test, may read anything
+    monkeypatch.setattr(Path, "open", denied)  # root, who may run this test, may read anything
     assert outcome(path) == f"{path}: cannot be read (Permission denied)"
 
 
@@ -605,9 +870,22 @@ def test_a_link_to_an_image_is_an_image(tmp_path):
     assert difference(open_image(str(path)), photo()) == 0
 
 
-@pytest.mark.parametrize("name", [
-    "line\nbreak.jpg", "tab\tand\x1b[31mred\x07.jpg", "<img>/etc/passwd</img>", "<|endoftext|>.png", "写真 – ü.png",
-    "\u202egnp.exe", "a\u2028b.jpg", os.fsdecode(b"\xff\xfe.png"), "-rf", "%s{0}.jpg", " "])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "line\nbreak.jpg",
+        "tab\tand\x1b[31mred\x07.jpg",
+        "<img>/etc/passwd</img>",
+        "<|endoftext|>.png",
+        "写真 – ü.png",
+        "\u202egnp.exe",
+        "a\u2028b.jpg",
+        os.fsdecode(b"\xff\xfe.png"),
+        "-rf",
+        "%s{0}.jpg",
+        " ",
+    ],
+)
 def test_file_names(name, tmp_path):
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -620,25 +898,37 @@ def test_file_names(name, tmp_path):
 # ---------------------------------------------------------------- all of it, as a program would
 def test_a_process_prints_nothing_and_stays_small(tmp_path):
     """In a process of its own: nothing of pytest's catches what Pillow or libtiff print, and memory can be limited."""
-    samples = struct.Struct("<HHII")                # of which Pillow's log would speak: seven per pixel
+    samples = struct.Struct("<HHII")  # of which Pillow's log would speak: seven per pixel
     seven = tiff(8, 8, [bytes(448)]).replace(samples.pack(277, 3, 1, 1), samples.pack(277, 3, 1, 7))
     damaged = {"seven": seven, **{f"bomb {name}": data for name, data in BOMBS.items()}}
     for name, data in CORPUS.items():
         half = len(data) // 2
-        damaged |= {f"cut {name}": data[:half], f"hole {name}": data[:half] + bytes(300) + data[half + 300:]}
+        damaged |= {
+            f"cut {name}": data[:half],
+            f"hole {name}": data[:half] + bytes(300) + data[half + 300 :],
+        }
     for name, data in damaged.items():
         write(tmp_path / name, data)
-    program = ("import resource, sys; from pathlib import Path; import chunking\n"
-               "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
-               "resource.setrlimit(resource.RLIMIT_AS, (used + 1_000_000_000,) * 2)\n"
-               "for path in sorted(Path(sys.argv[1]).iterdir()):\n"
-               "    try: chunking.open_image(path); print('image')\n"
-               "    except chunking.InputError as error: print(error)\n")
+    program = (
+        "import resource, sys; from pathlib import Path; import chunking\n"
+        "used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 1_000_000_000,) * 2)\n"
+        "for path in sorted(Path(sys.argv[1]).iterdir()):\n"
+        "    try: chunking.open_image(path); print('image')\n"
+        "    except chunking.InputError as error: print(error)\n"
+    )
     if not Path("/proc/self/statm").exists():
         pytest.skip("needs /proc")
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=Path(chunking.__file__).parent,
-                          capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        cwd=Path(chunking.__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     lines = done.stdout.splitlines()
     assert (done.returncode, done.stderr, len(lines)) == (0, "", len(damaged))
-    assert sum(line.startswith(f"{tmp_path}/cut ") for line in lines) >= len(CORPUS) - 4        # all but second frames
+    assert (
+        sum(line.startswith(f"{tmp_path}/cut ") for line in lines) >= len(CORPUS) - 4
+    )  # all but second frames
     assert sum("allowed" in line for line in lines) == len(BOMBS)

@@ -1,4 +1,5 @@
 """toy_claims.py and toy_experiments.py: rules and verdicts, what is kept of runs, and every experiment at a tiny size."""
+
 import functools
 import itertools
 import json
@@ -33,74 +34,197 @@ JUDGED = {f"{way} {key}" for way in ("greedy", "sampled") for key in KEPT}
 
 
 # ---------------------------------------------------------------- verdicts and rules
-@pytest.mark.parametrize("values, expected", [([3, 4, 5], "reproduces"), ([3, 1, 5], "unclear"), ([0, 1, 2], "does not reproduce")])
+@pytest.mark.parametrize(
+    "values, expected",
+    [([3, 4, 5], "reproduces"), ([3, 1, 5], "unclear"), ([0, 1, 2], "does not reproduce")],
+)
 def test_a_claim_reproduces_where_its_rule_holds_for_every_seed(values, expected):
-    assert verdict([{"arm": {"x": value}} for value in values], each(lambda f: f["arm"]["x"] > 2)) == expected
+    assert (
+        verdict([{"arm": {"x": value}} for value in values], each(lambda f: f["arm"]["x"] > 2))
+        == expected
+    )
 
 
-@pytest.mark.parametrize("f1, eos, repeat, expected", [
-    (.8, 1.0, 0.0, False), (.7, .9, .5, False), (.69, 1.0, 0.0, True), (.8, .89, 0.0, True), (.8, 1.0, .51, True)])
-def test_a_captioner_has_collapsed_below_its_start_or_without_ends_or_with_repeats(f1, eos, repeat, expected):
-    sft = {"greedy f1": .7, "greedy eos": .5, "greedy repeat": 1.0}
+@pytest.mark.parametrize(
+    "f1, eos, repeat, expected",
+    [
+        (0.8, 1.0, 0.0, False),
+        (0.7, 0.9, 0.5, False),
+        (0.69, 1.0, 0.0, True),
+        (0.8, 0.89, 0.0, True),
+        (0.8, 1.0, 0.51, True),
+    ],
+)
+def test_a_captioner_has_collapsed_below_its_start_or_without_ends_or_with_repeats(
+    f1, eos, repeat, expected
+):
+    sft = {"greedy f1": 0.7, "greedy eos": 0.5, "greedy repeat": 1.0}
     assert collapsed({"greedy f1": f1, "greedy eos": eos, "greedy repeat": repeat}, sft) is expected
 
 
 def test_to_beat_is_to_be_above_by_the_margin_in_every_key():
-    one, other = {"a": .6, "b": .5}, {"a": .5, "b": .4}
-    assert beats(one, other, "ab", .05) and not beats(one, other, "ab", .11) and not beats(other, other, "a")
-    assert not beats(one, {"a": .5, "b": .5}, "ab")
+    one, other = {"a": 0.6, "b": 0.5}, {"a": 0.5, "b": 0.4}
+    assert (
+        beats(one, other, "ab", 0.05)
+        and not beats(one, other, "ab", 0.11)
+        and not beats(other, other, "a")
+    )
+    assert not beats(one, {"a": 0.5, "b": 0.5}, "ab")
 
 
 def judged(greedy_f1, sampled_f1=None, eos=1.0, repeat=0.0, **more):
     sampled_f1 = greedy_f1 if sampled_f1 is None else sampled_f1
-    return {"greedy f1": greedy_f1, "sampled f1": sampled_f1, "greedy eos": eos, "greedy repeat": repeat,
-            "sampled eos": eos, "sampled repeat": repeat, **more}
+    return {
+        "greedy f1": greedy_f1,
+        "sampled f1": sampled_f1,
+        "greedy eos": eos,
+        "greedy repeat": repeat,
+        "sampled eos": eos,
+        "sampled repeat": repeat,
+        **more,
+    }
 
 
 # name: (figures that bear the claim out, changes (arm, key, value) each of which alone does not)
 BORNE_OUT = {
-    "planted": ({"one low-resolution view": {"warm": .95, "cold": .02}, "true rate": {"warm": .85, "cold": .15},
-                 "six views": {"warm": 0.0}},
-                [("one low-resolution view", "warm", .89), ("true rate", "warm", .91),
-                 ("one low-resolution view", "cold", .95), ("six views", "warm", .9)]),
-    "layouts": ({"6 views": {"greedy detail_recall": .6, "sampled detail_recall": .5},
-                 "1 view": {"greedy detail_recall": .5, "sampled detail_recall": .4}},
-                [("6 views", "greedy detail_recall", .54), ("1 view", "sampled detail_recall", .46)]),
-    "generations": ({"N = 1, union": {"recall": .5, "precision": .85}, "N = 2, union": {"recall": .7, "precision": .8},
-                     "N = 16, union": {"recall": .9, "precision": .6}, "N = 16, gated": {"recall": .8, "precision": .9}},
-                    [("N = 16, union", "recall", .74), ("N = 16, union", "precision", .79),
-                     ("N = 16, gated", "recall", .49), ("N = 16, gated", "precision", .84)]),
-    "direct": ({"all": {"question": .9, "statement": .8}}, [("all", "question", .8), ("all", "statement", .95)]),
-    "gates": ({"gate, calibrated": {"f1": .8}, **{name: {"f1": .7} for name in (
-        "vote of 2", "vote of 3", "no gate", "resolving alone")}},
-              [("gate, calibrated", "f1", .7), ("vote of 3", "f1", .9), ("vote of 2", "f1", .8), ("no gate", "f1", .81),
-               ("resolving alone", "f1", .8)]),
-    "training": ({"DPO + CE": judged(.8, .7), "CE only": judged(.8, .68)},
-                 [("DPO + CE", "greedy f1", .78), ("CE only", "sampled f1", .695)]),
-    "other losses": ({"SFT": judged(.7), "hinge alone": judged(.6), "ipo alone": judged(.8, repeat=.6),
-                      "kto alone": judged(.8, eos=.8)},
-                     [("hinge alone", "greedy f1", .7), ("ipo alone", "greedy repeat", .4), ("kto alone", "greedy eos", .95)]),
-    "repeatable": ({"SFT": judged(.7), "DPO + CE": judged(.8)}, [("DPO + CE", "greedy f1", .69)]),
-    "rounds": ({"SFT, resolved": judged(.6, repeat=.1), "round 2, resolved": judged(.8, eos=.98, repeat=.05),
-                "round 3, resolved": judged(.7)},
-               [("round 2, resolved", "sampled eos", .97), ("round 2, resolved", "sampled repeat", .06),
-                ("round 3, resolved", "greedy f1", .9), ("SFT, resolved", "sampled repeat", .04)]),
-    "context": ({"round 2, short": judged(.8), "round 3, short": judged(.7), "round 2, long": judged(.8),
-                 "round 3, long": judged(.795)},
-                [("round 3, short", "greedy f1", .89), ("round 3, long", "greedy f1", .7)]),
-    "temperature": ({"temperature 0": {"false share": .1}, "temperature 1": {"false share": .3}},
-                    [("temperature 1", "false share", .2)]),
-    "order": ({"SFT": judged(.6), "CE on own samples, ordered": judged(.71), "CE on golden": judged(.8)},
-              [("CE on own samples, ordered", "greedy f1", .68), ("CE on golden", "sampled f1", .91),
-               ("SFT", "greedy f1", 1.01)]),
-    "forgetting": ({"base": {"dense f1": .9, "close-up marks": .9}, "adapters, off": {"dense f1": .9, "close-up marks": .9},
-                    "adapters": {"dense f1": .9, "close-up marks": .9},
-                    **{name: {"dense f1": .8, "close-up marks": .8} for name in ("lora", "full")}},
-                   [("adapters, off", "dense f1", .8999), ("full", "dense f1", .9), ("lora", "close-up marks", .895)]),
-    "soft prompt": ({"adapters alone": judged(.7), "adapters and soft prompt": judged(.715)},
-                    [("adapters alone", "greedy f1", .69), ("adapters alone", "greedy f1", .74)]),
-    "narrowing": ({"LLM only": {"greedy f1": .7, "cosine distance": .4}, "LLM and ViT": {"greedy f1": .6, "cosine distance": .3}},
-                  [("LLM only", "greedy f1", .605), ("LLM and ViT", "cosine distance", .4)])}
+    "planted": (
+        {
+            "one low-resolution view": {"warm": 0.95, "cold": 0.02},
+            "true rate": {"warm": 0.85, "cold": 0.15},
+            "six views": {"warm": 0.0},
+        },
+        [
+            ("one low-resolution view", "warm", 0.89),
+            ("true rate", "warm", 0.91),
+            ("one low-resolution view", "cold", 0.95),
+            ("six views", "warm", 0.9),
+        ],
+    ),
+    "layouts": (
+        {
+            "6 views": {"greedy detail_recall": 0.6, "sampled detail_recall": 0.5},
+            "1 view": {"greedy detail_recall": 0.5, "sampled detail_recall": 0.4},
+        },
+        [("6 views", "greedy detail_recall", 0.54), ("1 view", "sampled detail_recall", 0.46)],
+    ),
+    "generations": (
+        {
+            "N = 1, union": {"recall": 0.5, "precision": 0.85},
+            "N = 2, union": {"recall": 0.7, "precision": 0.8},
+            "N = 16, union": {"recall": 0.9, "precision": 0.6},
+            "N = 16, gated": {"recall": 0.8, "precision": 0.9},
+        },
+        [
+            ("N = 16, union", "recall", 0.74),
+            ("N = 16, union", "precision", 0.79),
+            ("N = 16, gated", "recall", 0.49),
+            ("N = 16, gated", "precision", 0.84),
+        ],
+    ),
+    "direct": (
+        {"all": {"question": 0.9, "statement": 0.8}},
+        [("all", "question", 0.8), ("all", "statement", 0.95)],
+    ),
+    "gates": (
+        {
+            "gate, calibrated": {"f1": 0.8},
+            **{
+                name: {"f1": 0.7}
+                for name in ("vote of 2", "vote of 3", "no gate", "resolving alone")
+            },
+        },
+        [
+            ("gate, calibrated", "f1", 0.7),
+            ("vote of 3", "f1", 0.9),
+            ("vote of 2", "f1", 0.8),
+            ("no gate", "f1", 0.81),
+            ("resolving alone", "f1", 0.8),
+        ],
+    ),
+    "training": (
+        {"DPO + CE": judged(0.8, 0.7), "CE only": judged(0.8, 0.68)},
+        [("DPO + CE", "greedy f1", 0.78), ("CE only", "sampled f1", 0.695)],
+    ),
+    "other losses": (
+        {
+            "SFT": judged(0.7),
+            "hinge alone": judged(0.6),
+            "ipo alone": judged(0.8, repeat=0.6),
+            "kto alone": judged(0.8, eos=0.8),
+        },
+        [
+            ("hinge alone", "greedy f1", 0.7),
+            ("ipo alone", "greedy repeat", 0.4),
+            ("kto alone", "greedy eos", 0.95),
+        ],
+    ),
+    "repeatable": (
+        {"SFT": judged(0.7), "DPO + CE": judged(0.8)},
+        [("DPO + CE", "greedy f1", 0.69)],
+    ),
+    "rounds": (
+        {
+            "SFT, resolved": judged(0.6, repeat=0.1),
+            "round 2, resolved": judged(0.8, eos=0.98, repeat=0.05),
+            "round 3, resolved": judged(0.7),
+        },
+        [
+            ("round 2, resolved", "sampled eos", 0.97),
+            ("round 2, resolved", "sampled repeat", 0.06),
+            ("round 3, resolved", "greedy f1", 0.9),
+            ("SFT, resolved", "sampled repeat", 0.04),
+        ],
+    ),
+    "context": (
+        {
+            "round 2, short": judged(0.8),
+            "round 3, short": judged(0.7),
+            "round 2, long": judged(0.8),
+            "round 3, long": judged(0.795),
+        },
+        [("round 3, short", "greedy f1", 0.89), ("round 3, long", "greedy f1", 0.7)],
+    ),
+    "temperature": (
+        {"temperature 0": {"false share": 0.1}, "temperature 1": {"false share": 0.3}},
+        [("temperature 1", "false share", 0.2)],
+    ),
+    "order": (
+        {
+            "SFT": judged(0.6),
+            "CE on own samples, ordered": judged(0.71),
+            "CE on golden": judged(0.8),
+        },
+        [
+            ("CE on own samples, ordered", "greedy f1", 0.68),
+            ("CE on golden", "sampled f1", 0.91),
+            ("SFT", "greedy f1", 1.01),
+        ],
+    ),
+    "forgetting": (
+        {
+            "base": {"dense f1": 0.9, "close-up marks": 0.9},
+            "adapters, off": {"dense f1": 0.9, "close-up marks": 0.9},
+            "adapters": {"dense f1": 0.9, "close-up marks": 0.9},
+            **{name: {"dense f1": 0.8, "close-up marks": 0.8} for name in ("lora", "full")},
+        },
+        [
+            ("adapters, off", "dense f1", 0.8999),
+            ("full", "dense f1", 0.9),
+            ("lora", "close-up marks", 0.895),
+        ],
+    ),
+    "soft prompt": (
+        {"adapters alone": judged(0.7), "adapters and soft prompt": judged(0.715)},
+        [("adapters alone", "greedy f1", 0.69), ("adapters alone", "greedy f1", 0.74)],
+    ),
+    "narrowing": (
+        {
+            "LLM only": {"greedy f1": 0.7, "cosine distance": 0.4},
+            "LLM and ViT": {"greedy f1": 0.6, "cosine distance": 0.3},
+        },
+        [("LLM only", "greedy f1", 0.605), ("LLM and ViT", "cosine distance", 0.4)],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", [name for name in CLAIMS if name != "lottery"])
@@ -111,23 +235,34 @@ def test_the_rule_of_a_claim_holds_for_what_bears_it_out_and_fails_for_what_does
         assert not all(rule([{**figures, arm: {**figures[arm], key: value}}])), (arm, key, value)
 
 
-@pytest.mark.parametrize("f1s, expected", [((.9, .6, .9), True), ((.9, .9, .9), False), ((.6, .5, .6), False)])
+@pytest.mark.parametrize(
+    "f1s, expected", [((0.9, 0.6, 0.9), True), ((0.9, 0.9, 0.9), False), ((0.6, 0.5, 0.6), False)]
+)
 def test_a_lottery_is_what_collapses_with_some_seeds(f1s, expected):
-    seeds = [{"SFT": judged(.7), "dpo alone": judged(f1)} for f1 in f1s]
+    seeds = [{"SFT": judged(0.7), "dpo alone": judged(f1)} for f1 in f1s]
     assert CLAIMS["lottery"][2](seeds) == [expected]
 
 
-@pytest.mark.parametrize("f1s, expected", [((.9, .92), "reproduces"), ((.9, .93), "unclear"), ((.6, .6), "unclear"),
-                                           ((.6, .5), "does not reproduce")])
+@pytest.mark.parametrize(
+    "f1s, expected",
+    [
+        ((0.9, 0.92), "reproduces"),
+        ((0.9, 0.93), "unclear"),
+        ((0.6, 0.6), "unclear"),
+        ((0.6, 0.5), "does not reproduce"),
+    ],
+)
 def test_what_repeats_collapses_with_no_seed_and_gives_the_same_f1(f1s, expected):
-    seeds = [{"SFT": judged(.7), "DPO + CE": judged(f1)} for f1 in f1s]
+    seeds = [{"SFT": judged(0.7), "DPO + CE": judged(f1)} for f1 in f1s]
     assert verdict(seeds, CLAIMS["repeatable"][2]) == expected
 
 
 # ---------------------------------------------------------------- what came out
 @pytest.fixture
 def args(tmp_path):
-    return SimpleNamespace(out=tmp_path / "claims", results=tmp_path / "results/claims.json", only=None, table=False)
+    return SimpleNamespace(
+        out=tmp_path / "claims", results=tmp_path / "results/claims.json", only=None, table=False
+    )
 
 
 def claim(measure=None, seeds=(0, 1), text="x is more than 2"):
@@ -139,37 +274,106 @@ def put(args, name, seed, x):
 
 
 def test_results_of_files_and_of_what_is_kept_are_gathered(args, monkeypatch):
-    monkeypatch.setattr(toy_claims, "CLAIMS", {name: claim() for name in ("here", "kept", "both", "half", "nowhere")})
-    toy_claims.write_json(args.results, {
-        "kept": {"claim": "old words", "verdict": "old", "seeds": {"0": {"arm": {"x": 3}}, "1": {"arm": {"x": 1}}}},
-        "both": {"claim": "", "verdict": "", "seeds": {"0": {"arm": {"x": 0}}}},
-        "gone": {"claim": "", "verdict": "", "seeds": {"0": {"arm": {"x": 9}}}}})
-    for name, seed, x in (("here", 0, 5), ("here", 1, 6), ("here", 2, 0), ("both", 0, 1), ("both", 1, 2), ("half", 1, 7)):
-        put(args, name, seed, x)            # seed 2 is none of the claim's
+    monkeypatch.setattr(
+        toy_claims,
+        "CLAIMS",
+        {name: claim() for name in ("here", "kept", "both", "half", "nowhere")},
+    )
+    toy_claims.write_json(
+        args.results,
+        {
+            "kept": {
+                "claim": "old words",
+                "verdict": "old",
+                "seeds": {"0": {"arm": {"x": 3}}, "1": {"arm": {"x": 1}}},
+            },
+            "both": {"claim": "", "verdict": "", "seeds": {"0": {"arm": {"x": 0}}}},
+            "gone": {"claim": "", "verdict": "", "seeds": {"0": {"arm": {"x": 9}}}},
+        },
+    )
+    for name, seed, x in (
+        ("here", 0, 5),
+        ("here", 1, 6),
+        ("here", 2, 0),
+        ("both", 0, 1),
+        ("both", 1, 2),
+        ("half", 1, 7),
+    ):
+        put(args, name, seed, x)  # seed 2 is none of the claim's
     found = collect(args)
     assert list(found) == ["here", "kept", "both", "half"]
-    x = {name: {seed: figures["arm"]["x"] for seed, figures in entry["seeds"].items()} for name, entry in found.items()}
-    assert x == {"here": {"0": 5, "1": 6}, "kept": {"0": 3, "1": 1}, "both": {"0": 1, "1": 2}, "half": {"1": 7}}
+    x = {
+        name: {seed: figures["arm"]["x"] for seed, figures in entry["seeds"].items()}
+        for name, entry in found.items()
+    }
+    assert x == {
+        "here": {"0": 5, "1": 6},
+        "kept": {"0": 3, "1": 1},
+        "both": {"0": 1, "1": 2},
+        "half": {"1": 7},
+    }
     assert {name: entry["verdict"] for name, entry in found.items()} == {
-        "here": "reproduces", "kept": "unclear", "both": "does not reproduce", "half": "not all seeds are done"}
+        "here": "reproduces",
+        "kept": "unclear",
+        "both": "does not reproduce",
+        "half": "not all seeds are done",
+    }
     assert found["kept"]["claim"] == "x is more than 2"
 
 
 def test_the_table_has_mean_and_deviation_of_every_arm_and_metric():
-    seeds = {"0": {"one": {"f1": .5, "eos": None}, "two": {"f1": .25}}, "1": {"one": {"f1": .6, "eos": .9}, "two": {"f1": .25}},
-             "2": {"one": {"f1": .7, "eos": .8}, "two": {"f1": .25}}}
-    lines = "\n".join(table({"x": {"claim": "ones are more", "verdict": "unclear", "seeds": seeds},
-                             "y": {"claim": "a", "verdict": "b", "seeds": {"0": {"one": {"f1": .5}}}}})).splitlines()
-    assert lines == ["", "**ones are more**: unclear (3 seeds)", "", "| | f1 | eos |", "|---|---|---|",
-                     "| one | 0.600 ± 0.100 | 0.850 ± 0.071 |", "| two | 0.250 ± 0.000 | - |",
-                     "", "**a**: b (1 seeds)", "", "| | f1 |", "|---|---|", "| one | 0.500 |"]
-    assert statistics.stdev([.9, .8]) == pytest.approx(.0707, abs=1e-4)
+    seeds = {
+        "0": {"one": {"f1": 0.5, "eos": None}, "two": {"f1": 0.25}},
+        "1": {"one": {"f1": 0.6, "eos": 0.9}, "two": {"f1": 0.25}},
+        "2": {"one": {"f1": 0.7, "eos": 0.8}, "two": {"f1": 0.25}},
+    }
+    lines = "\n".join(
+        table(
+            {
+                "x": {"claim": "ones are more", "verdict": "unclear", "seeds": seeds},
+                "y": {"claim": "a", "verdict": "b", "seeds": {"0": {"one": {"f1": 0.5}}}},
+            }
+        )
+    ).splitlines()
+    assert lines == [
+        "",
+        "**ones are more**: unclear (3 seeds)",
+        "",
+        "| | f1 | eos |",
+        "|---|---|---|",
+        "| one | 0.600 ± 0.100 | 0.850 ± 0.071 |",
+        "| two | 0.250 ± 0.000 | - |",
+        "",
+        "**a**: b (1 seeds)",
+        "",
+        "| | f1 |",
+        "|---|---|",
+        "| one | 0.500 |",
+    ]
+    assert statistics.stdev([0.9, 0.8]) == pytest.approx(0.0707, abs=1e-4)
 
 
 def test_a_claim_that_is_none_is_one_line(tmp_path, capsys):
-    assert toy.main(["claims", "--only", "loft", "--out", str(tmp_path / "out"), "--results", str(tmp_path / "r.json")]) == 1
+    assert (
+        toy.main(
+            [
+                "claims",
+                "--only",
+                "loft",
+                "--out",
+                str(tmp_path / "out"),
+                "--results",
+                str(tmp_path / "r.json"),
+            ]
+        )
+        == 1
+    )
     error = capsys.readouterr().err
-    assert error.startswith("toy.py: --only loft: ") and error.count("\n") == 1 and all(name in error for name in CLAIMS)
+    assert (
+        error.startswith("toy.py: --only loft: ")
+        and error.count("\n") == 1
+        and all(name in error for name in CLAIMS)
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -187,7 +391,12 @@ def measured(monkeypatch):
         if (name, lab.seed) in fail:
             raise InputError("sft.py ended with 1")
         return {"arm": {"x": 3 - lab.seed}}
-    monkeypatch.setattr(toy_claims, "CLAIMS", {name: claim(functools.partial(measure, name)) for name in ("one", "two")})
+
+    monkeypatch.setattr(
+        toy_claims,
+        "CLAIMS",
+        {name: claim(functools.partial(measure, name)) for name in ("one", "two")},
+    )
     return SimpleNamespace(begun=begun, fail=fail)
 
 
@@ -195,7 +404,10 @@ def test_every_seed_of_every_claim_is_measured_once(args, measured, capsys):
     assert run_claims(args) == 0
     assert measured.begun == [("one", 0), ("one", 1), ("two", 0), ("two", 1)]
     stored = json.loads(args.results.read_text())
-    assert stored == collect(args) and stored["two"]["seeds"] == {"0": {"arm": {"x": 3}}, "1": {"arm": {"x": 2}}}
+    assert stored == collect(args) and stored["two"]["seeds"] == {
+        "0": {"arm": {"x": 3}},
+        "1": {"arm": {"x": 2}},
+    }
     assert "**x is more than 2**: unclear (2 seeds)" in capsys.readouterr().out
     assert run_claims(args) == 0 and len(measured.begun) == 4
 
@@ -203,7 +415,10 @@ def test_every_seed_of_every_claim_is_measured_once(args, measured, capsys):
 def test_a_failure_loses_no_seed_that_is_done(args, measured, capsys):
     measured.fail.add(("two", 0))
     assert run_claims(args) == 1
-    assert capsys.readouterr().err.splitlines()[-1] == "toy.py: 1 of the runs failed, the first: two, seed 0: sft.py ended with 1"
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == "toy.py: 1 of the runs failed, the first: two, seed 0: sft.py ended with 1"
+    )
     assert measured.begun == [("one", 0), ("one", 1), ("two", 0), ("two", 1)]
     found = json.loads(args.results.read_text())
     assert set(found["one"]["seeds"]) == {"0", "1"} and set(found["two"]["seeds"]) == {"1"}
@@ -222,35 +437,56 @@ def test_results_are_written_after_each_seed(args, measured):
     measured.fail.add(("one", 1))
     assert run_claims(args) == 1
     stored = json.loads(args.results.read_text())
-    assert stored["one"]["verdict"] == "not all seeds are done" and set(stored["one"]["seeds"]) == {"0"}
+    assert stored["one"]["verdict"] == "not all seeds are done" and set(stored["one"]["seeds"]) == {
+        "0"
+    }
 
 
 def test_what_the_results_file_holds_is_not_measured_again(args, measured):
-    toy_claims.write_json(args.results, {"one": {"claim": "", "verdict": "", "seeds": {"1": {"arm": {"x": 7}}}}})
+    toy_claims.write_json(
+        args.results, {"one": {"claim": "", "verdict": "", "seeds": {"1": {"arm": {"x": 7}}}}}
+    )
     assert run_claims(args) == 0
     assert measured.begun == [("one", 0), ("two", 0), ("two", 1)]
     stored = json.loads(args.results.read_text())["one"]
-    assert stored["seeds"] == {"0": {"arm": {"x": 3}}, "1": {"arm": {"x": 7}}} and stored["verdict"] == "reproduces"
+    assert (
+        stored["seeds"] == {"0": {"arm": {"x": 3}}, "1": {"arm": {"x": 7}}}
+        and stored["verdict"] == "reproduces"
+    )
 
 
 def test_only_measures_one_claim_and_table_none(args, measured, capsys):
     assert run_claims(args, "--only", "two") == 0 and measured.begun == [("two", 0), ("two", 1)]
     capsys.readouterr()
     before = args.results.read_bytes()
-    assert run_claims(args, "--table") == 0 and len(measured.begun) == 2 and args.results.read_bytes() == before
+    assert (
+        run_claims(args, "--table") == 0
+        and len(measured.begun) == 2
+        and args.results.read_bytes() == before
+    )
     assert capsys.readouterr().out.count("**x is more than 2**") == 1
 
 
 # ---------------------------------------------------------------- the learning rate and β that suit an arm
 def test_the_best_learning_rate_and_beta_are_chosen_on_the_tuning_seed(tmp_path, monkeypatch):
-    scores = {"dpo-only-lr5e-4": (.5, .4), "dpo-only-lr1e-3": (.6, .1), "dpo-only-lr2e-3": (.3, .5),
-              "ce-only-lr5e-4": (.1, .1), "ce-only-lr1e-3": (.2, .2), "ce-only-lr2e-3": (.3, .2),
-              "ipo-beta.1": (0.0, .1), "ipo-beta.5": (.3, .3), "ipo-beta2": (.2, .3), "ipo-beta8": (.2, .2)}
+    scores = {
+        "dpo-only-lr5e-4": (0.5, 0.4),
+        "dpo-only-lr1e-3": (0.6, 0.1),
+        "dpo-only-lr2e-3": (0.3, 0.5),
+        "ce-only-lr5e-4": (0.1, 0.1),
+        "ce-only-lr1e-3": (0.2, 0.2),
+        "ce-only-lr2e-3": (0.3, 0.2),
+        "ipo-beta.1": (0.0, 0.1),
+        "ipo-beta.5": (0.3, 0.3),
+        "ipo-beta2": (0.2, 0.3),
+        "ipo-beta8": (0.2, 0.2),
+    }
     trained, seeds = {}, set()
 
     def train(lab, name, captioner, golden, *flags):
         trained[name] = flags
         seeds.add(lab.seed)
+
     monkeypatch.setattr(toy_experiments, "LRS", ("5e-4", "1e-3", "2e-3"))
     monkeypatch.setattr(Lab, "sft_model", lambda lab: "sft")
     monkeypatch.setattr(Lab, "golden_of", lambda lab, captioner, name: ("golden", {}))
@@ -258,20 +494,36 @@ def test_the_best_learning_rate_and_beta_are_chosen_on_the_tuning_seed(tmp_path,
     monkeypatch.setattr(Lab, "judged", lambda lab, name: judged(*scores[name]))
     assert toy_experiments.best_lr(tmp_path, "CE only") == "2e-3"
     assert toy_experiments.best_lr(tmp_path, "DPO only") == "5e-4"
-    scores.update({f"ipo-at-5-lr{lr}": (f1, 0) for lr, f1 in (("5e-4", .1), ("1e-3", .3), ("2e-3", .2))})
-    assert toy_experiments.best_beta(tmp_path, "ipo") == ("--loss", "ipo", "--beta", ".5", "--ce", 0, "--lr", "1e-3")
-    assert seeds == {toy_experiments.TUNE} and not seeds & {seed for *_, of in CLAIMS.values() for seed in of}
+    scores.update(
+        {f"ipo-at-5-lr{lr}": (f1, 0) for lr, f1 in (("5e-4", 0.1), ("1e-3", 0.3), ("2e-3", 0.2))}
+    )
+    assert toy_experiments.best_beta(tmp_path, "ipo") == (
+        "--loss",
+        "ipo",
+        "--beta",
+        ".5",
+        "--ce",
+        0,
+        "--lr",
+        "1e-3",
+    )
+    assert seeds == {toy_experiments.TUNE} and not seeds & {
+        seed for *_, of in CLAIMS.values() for seed in of
+    }
     assert trained["ce-only-lr1e-3"] == ("--loss", "none", "--lr", "1e-3")
     assert trained["ipo-beta2"] == ("--loss", "ipo", "--beta", "2", "--ce", 0, "--lr", "5e-4")
 
 
-@pytest.mark.parametrize("best, tried", [(5, {4, 5, 6}), (4, {3, 4, 5, 6}), (10, {*range(4, 11)}), (0, {*range(7)})])
+@pytest.mark.parametrize(
+    "best, tried", [(5, {4, 5, 6}), (4, {3, 4, 5, 6}), (10, {*range(4, 11)}), (0, {*range(7)})]
+)
 def test_a_learning_rate_is_looked_for_until_its_neighbours_are_worse(best, tried):
     asked, rates = [], toy_experiments.LRS
 
     def f1(rate):
         asked.append(rates.index(rate))
         return -abs(rates.index(rate) - best)
+
     assert toy_experiments.climb(rates, f1) == rates[best]
     assert len(asked) == len(tried) and set(asked) == tried
 
@@ -281,15 +533,23 @@ def test_captions_that_say_nothing_have_an_f1_of_0_and_count_as_collapsed(tmp_pa
     silent = {**dict.fromkeys(KEPT, None), "recall": 0.0, "eos": 1.0, "repeat": 0.0}
     lab = Lab(tmp_path, 0)
     monkeypatch.setattr(lab, "split", lambda *_: ("images", "truth"))
-    monkeypatch.setattr(lab, "judge", lambda *_, **how: {"greedy": silent, "sampled": {**silent, "f1": .5}})
+    monkeypatch.setattr(
+        lab, "judge", lambda *_, **how: {"greedy": silent, "sampled": {**silent, "f1": 0.5}}
+    )
     found = lab.judged("x")
     assert set(found) == JUDGED and found["greedy precision"] is None
-    assert toy_experiments.both_f1(found) == .5 and collapsed(found, judged(.3))
+    assert toy_experiments.both_f1(found) == 0.5 and collapsed(found, judged(0.3))
 
 
 def test_the_arms_have_folders_of_their_own():
-    names = [toy_experiments.slug(arm) for arm in ARMS] + [f"{loss}-alone" for loss in BETAS] + ["sft", "golden"]
-    assert len(set(names)) == len(names) and all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") for name in names)
+    names = (
+        [toy_experiments.slug(arm) for arm in ARMS]
+        + [f"{loss}-alone" for loss in BETAS]
+        + ["sft", "golden"]
+    )
+    assert len(set(names)) == len(names) and all(
+        set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") for name in names
+    )
 
 
 # ---------------------------------------------------------------- the experiments, at a tiny size
@@ -299,15 +559,20 @@ class Bench(Here):
     def start(self, script, argv):
         if script.parent == CODE:
             return super().start(script, argv)
-        kept = {name: module for name, module in sys.modules.items()
-                if Path(getattr(module, "__file__", None) or "/").parent == CODE}
+        kept = {
+            name: module
+            for name, module in sys.modules.items()
+            if Path(getattr(module, "__file__", None) or "/").parent == CODE
+        }
         path = sys.path[:]
         for name in kept:
             del sys.modules[name]
         try:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(sys, "argv", [str(script), *argv])
-                return stages.run(SimpleNamespace(main=lambda _: runpy.run_path(str(script), run_name="__main__")))
+                return stages.run(
+                    SimpleNamespace(main=lambda _: runpy.run_path(str(script), run_name="__main__"))
+                )
         finally:
             for name, module in list(sys.modules.items()):
                 if Path(getattr(module, "__file__", None) or "/").parent == CODE:
@@ -321,13 +586,25 @@ def bench(tmp_path_factory):
     """Lab(out, seed) of a few scenes, a step of training a stage, and one learning rate and β -> out, what was run."""
     split, own_tasks, measured = Lab.split, toy_base.own_tasks, toy_base.measure
     with pytest.MonkeyPatch.context() as patch, running(Bench()) as here:
-        for name, flags in {**FEW, "SFT": ("--max-steps", "1", "--lr", "2e-3"), "QA": ("--max-steps", "1", "--lr", "1e-3"),
-                            "DPO": ("--max-steps", "1", "--lr", "2e-3")}.items():
+        for name, flags in {
+            **FEW,
+            "SFT": ("--max-steps", "1", "--lr", "2e-3"),
+            "QA": ("--max-steps", "1", "--lr", "1e-3"),
+            "DPO": ("--max-steps", "1", "--lr", "2e-3"),
+        }.items():
             patch.setattr(toy_steps, name, flags)
-        for name, value in (("CAPTIONS", 6), ("IMAGES", 6), ("HELD_OUT", 40), ("SAMPLES", 3), ("LRS", ("1e-3",)),
-                            ("BETAS", {loss: betas[:1] for loss, betas in BETAS.items()})):
+        for name, value in (
+            ("CAPTIONS", 6),
+            ("IMAGES", 6),
+            ("HELD_OUT", 40),
+            ("SAMPLES", 3),
+            ("LRS", ("1e-3",)),
+            ("BETAS", {loss: betas[:1] for loss, betas in BETAS.items()}),
+        ):
             patch.setattr(toy_experiments, name, value)
-        patch.setattr(Lab, "split", lambda lab, name, n, *wants: split(lab, name, min(n, 6), *wants))
+        patch.setattr(
+            Lab, "split", lambda lab, name, n, *wants: split(lab, name, min(n, 6), *wants)
+        )
         patch.setattr(toy_base, "own_tasks", functools.partial(own_tasks, n=4))
         patch.setattr(toy_base, "measure", lambda model, n, seed: measured(model, min(n, 6), seed))
         patch.setattr(golden, "gc", SimpleNamespace(collect=int))
@@ -339,44 +616,74 @@ def arguments_of(folder):
 
 
 def three(*names):
-    return {f"{name}, {kind}" for name in ("SFT", *(f"{what} {k}" for what in ("golden", "round") for k in (1, 2, 3)))
-            for kind in names}
+    return {
+        f"{name}, {kind}"
+        for name in ("SFT", *(f"{what} {k}" for what in ("golden", "round") for k in (1, 2, 3)))
+        for kind in names
+    }
 
 
 COMPLETE = set(KEPT)
-EXPECTED = {                        # name: (its arms, keys that all of them have)
+EXPECTED = {  # name: (its arms, keys that all of them have)
     "planted": ({"one low-resolution view", "six views", "true rate"}, {"warm", "cold"}),
     "layouts": (set(LAYOUTS), JUDGED),
-    "generations": ({f"N = {n}, {what}" for n in (1, 2, 4, 8, 16) for what in ("union", "gated")}
-                    | {f"gate at {t}" for t in (.01, .1, .3, .5, .7, .9, .99)}, {"precision", "recall"}),
+    "generations": (
+        {f"N = {n}, {what}" for n in (1, 2, 4, 8, 16) for what in ("union", "gated")}
+        | {f"gate at {t}" for t in (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)},
+        {"precision", "recall"},
+    ),
     "direct": ({"object", "mark", "background", "all"}, {"question", "statement"}),
     "gates": ({*toy_experiments.GATES, "single samples"}, COMPLETE),
     "training": ({"SFT", "golden", *ARMS}, {"sampled f1", "sampled precision"}),
-    **dict.fromkeys(("lottery", "other losses", "repeatable"), (
-        {"SFT", *(f"{loss} alone" for loss in BETAS), "DPO + CE", "SFT first, then DPO"}, JUDGED)),
+    **dict.fromkeys(
+        ("lottery", "other losses", "repeatable"),
+        ({"SFT", *(f"{loss} alone" for loss in BETAS), "DPO + CE", "SFT first, then DPO"}, JUDGED),
+    ),
     "rounds": (three("resolved", "not"), {"sampled f1"}),
     "context": (three("short", "long"), {"sampled f1"}),
-    "temperature": ({f"temperature {heat}" for heat in HEATS},
-                    {"false share", "planted", "P(yes) of false", "P(yes) of planted"}),
-    "order": ({"SFT", "SFT, ordered captions", "CE on own samples, ordered", "CE on golden"}, JUDGED),
-    "forgetting": ({"base", "adapters", "adapters, off", "lora", "prompt", "full"}, {"dense f1", "questions", "close-up marks"}),
+    "temperature": (
+        {f"temperature {heat}" for heat in HEATS},
+        {"false share", "planted", "P(yes) of false", "P(yes) of planted"},
+    ),
+    "order": (
+        {"SFT", "SFT, ordered captions", "CE on own samples, ordered", "CE on golden"},
+        JUDGED,
+    ),
+    "forgetting": (
+        {"base", "adapters", "adapters, off", "lora", "prompt", "full"},
+        {"dense f1", "questions", "close-up marks"},
+    ),
     "soft prompt": ({"adapters and soft prompt", "adapters alone"}, JUDGED),
-    "narrowing": ({"LLM only", "LLM and ViT"}, {"greedy f1", "greedy precision", "cosine distance"})}
+    "narrowing": (
+        {"LLM only", "LLM and ViT"},
+        {"greedy f1", "greedy precision", "cosine distance"},
+    ),
+}
 
 
 @pytest.fixture
 def measure(bench):
     """measure(name) -> the figures of an experiment, checked; and the commands that were not there yet."""
+
     def run(name):
         n = len(bench.here.commands)
         figures = json.loads(json.dumps(CLAIMS[name][1](Lab(bench.out, 0))))
         arms, keys = EXPECTED[name]
         assert set(figures) == arms and all(keys <= set(arm) for arm in figures.values())
-        assert all(value is None or math.isfinite(value) for arm in figures.values() for value in arm.values())
+        assert all(
+            value is None or math.isfinite(value)
+            for arm in figures.values()
+            for value in arm.values()
+        )
         assert CLAIMS[name][2]([figures]) and set(CLAIMS[name][2]([figures])) <= {True, False}
-        entry = {"claim": "", "verdict": verdict([figures], CLAIMS[name][2]), "seeds": {"0": figures}}
+        entry = {
+            "claim": "",
+            "verdict": verdict([figures], CLAIMS[name][2]),
+            "seeds": {"0": figures},
+        }
         assert len("\n".join(table({name: entry})).splitlines()) == 5 + len(arms)
         return figures, bench.here.commands[n:]
+
     return run
 
 
@@ -394,13 +701,23 @@ def lab(bench):
 
 def test_every_arm_of_training_has_the_flags_that_it_is_called_by(measure, lab):
     figures, _ = measure("training")
-    expected = {"CE only": ("none", 1, False), "DPO only": ("dpo", 0, False), "DPO + CE/2": ("dpo", .5, False),
-                "DPO + CE": ("dpo", 1, False), "DPO + 2 CE": ("dpo", 2, False), "SFT first, then DPO": ("dpo", 0, True)}
+    expected = {
+        "CE only": ("none", 1, False),
+        "DPO only": ("dpo", 0, False),
+        "DPO + CE/2": ("dpo", 0.5, False),
+        "DPO + CE": ("dpo", 1, False),
+        "DPO + 2 CE": ("dpo", 2, False),
+        "SFT first, then DPO": ("dpo", 0, True),
+    }
     assert set(expected) == set(ARMS)
     for arm, flags in expected.items():
         found = arguments_of(lab.out / toy_experiments.slug(arm))
-        assert (found["loss"], found["ce"], found["sft_first"]) == flags and found["lr"] == figures[arm]["lr"] == 1e-3
-        assert found["init"] == str(lab.out / "sft") and found["data"] == str(lab.out / "golden/golden.jsonl")
+        assert (found["loss"], found["ce"], found["sft_first"]) == flags and found["lr"] == figures[
+            arm
+        ]["lr"] == 1e-3
+        assert found["init"] == str(lab.out / "sft") and found["data"] == str(
+            lab.out / "golden/golden.jsonl"
+        )
 
 
 def test_every_loss_of_the_lottery_is_alone(measure, lab):
@@ -408,33 +725,64 @@ def test_every_loss_of_the_lottery_is_alone(measure, lab):
     for loss, (beta,) in toy_experiments.BETAS.items():
         found = arguments_of(lab.out / f"{loss}-alone")
         assert (found["loss"], found["ce"], found["beta"]) == (loss, 0, float(beta))
-        assert figures[f"{loss} alone"]["beta"] == float(beta) and figures[f"{loss} alone"]["lr"] == found["lr"] == 1e-3
+        assert (
+            figures[f"{loss} alone"]["beta"] == float(beta)
+            and figures[f"{loss} alone"]["lr"] == found["lr"] == 1e-3
+        )
 
 
 def test_tuning_is_done_on_a_seed_of_its_own_and_once(measure, bench):
     measure("training")
-    outs = [Path(argv[argv.index("--out") + 1]) for script, argv in bench.here.commands if script == "dpo.py"]
+    outs = [
+        Path(argv[argv.index("--out") + 1])
+        for script, argv in bench.here.commands
+        if script == "dpo.py"
+    ]
     tuned = {out.name for out in outs if out.parent.name == f"seed-{toy_experiments.TUNE}"}
-    assert tuned >= {f"{toy_experiments.slug(arm)}-lr1e-3" for arm in ARMS} and len(set(outs)) == len(outs)
-    scenes = [(bench.out / f"seed-{seed}/truth/held-out.jsonl").read_text() for seed in (0, toy_experiments.TUNE)]
+    assert tuned >= {f"{toy_experiments.slug(arm)}-lr1e-3" for arm in ARMS} and len(
+        set(outs)
+    ) == len(outs)
+    scenes = [
+        (bench.out / f"seed-{seed}/truth/held-out.jsonl").read_text()
+        for seed in (0, toy_experiments.TUNE)
+    ]
     assert scenes[0] != scenes[1]
 
 
 def test_a_union_of_more_samples_misses_less(measure, lab):
     figures, _ = measure("generations")
     recalls = [figures[f"N = {n}, union"]["recall"] for n in (1, 2, 4, 8, 16)]
-    assert recalls == sorted(recalls) and recalls[0] < recalls[-1]      # the first samples are the same ones
+    assert (
+        recalls == sorted(recalls) and recalls[0] < recalls[-1]
+    )  # the first samples are the same ones
     for n in (1, 16):
-        assert {len(row["samples"]) for row in stages.read_rows(lab.out / f"golden-n{n}/record.jsonl")} == {n}
+        assert {
+            len(row["samples"]) for row in stages.read_rows(lab.out / f"golden-n{n}/record.jsonl")
+        } == {n}
 
 
 def test_the_gate_s_curve_is_counted_over_the_statements_of_the_largest_union(bench, monkeypatch):
     """Of each image a fact and what else is true, at P(yes) .95 and .2, an invention at .6; one image failed."""
     lab = Lab(bench.out, 6)
     lab.split("few", 6)
-    truth, asked = [row for row in toy_experiments.toy_rows(lab.out / "truth/few.jsonl") if row["also_true"]], []
-    told = [{"image": row["image"], "statements": [{"text": text, "p_yes": p} for text, p in (
-        (row["facts"][0]["text"], .95), (row["also_true"][0], .2), ("top-left cow", .6))]} for row in truth[1:]]
+    truth, asked = (
+        [row for row in toy_experiments.toy_rows(lab.out / "truth/few.jsonl") if row["also_true"]],
+        [],
+    )
+    told = [
+        {
+            "image": row["image"],
+            "statements": [
+                {"text": text, "p_yes": p}
+                for text, p in (
+                    (row["facts"][0]["text"], 0.95),
+                    (row["also_true"][0], 0.2),
+                    ("top-left cow", 0.6),
+                )
+            ],
+        }
+        for row in truth[1:]
+    ]
 
     def golden_of(captioner, name, *flags, **how):
         folder = lab.out / name
@@ -442,32 +790,66 @@ def test_the_gate_s_curve_is_counted_over_the_statements_of_the_largest_union(be
         broken = {"image": truth[0]["image"], "error": "broken"}
         stages.write_rows(folder / "record.jsonl", [*told, broken] if "16" in name else [])
         asked.append(dict(zip(flags[::2], flags[1::2]))["--samples"])
-        return folder, {"combined": dict.fromkeys(KEPT, len(asked)), "golden": dict.fromkeys(KEPT, .5)}
+        return folder, {
+            "combined": dict.fromkeys(KEPT, len(asked)),
+            "golden": dict.fromkeys(KEPT, 0.5),
+        }
+
     monkeypatch.setattr(lab, "sft_model", lambda: None)
     monkeypatch.setattr(lab, "golden_of", golden_of)
     found = toy_experiments.generations(lab)
-    assert asked == [1, 2, 4, 8, 16] and found["N = 8, union"]["recall"] == 4 and found["N = 8, gated"]["recall"] == .5
-    expected = {.01: (2 / 3, 1), .1: (2 / 3, 1), .3: (.5, .5), .5: (.5, .5), .7: (1, .5), .9: (1, .5), .99: (0, 0)}
-    assert {t: tuple(found[f"gate at {t}"].values()) for t in expected} == {t: pytest.approx(pair) for t, pair in expected.items()}
+    assert (
+        asked == [1, 2, 4, 8, 16]
+        and found["N = 8, union"]["recall"] == 4
+        and found["N = 8, gated"]["recall"] == 0.5
+    )
+    expected = {
+        0.01: (2 / 3, 1),
+        0.1: (2 / 3, 1),
+        0.3: (0.5, 0.5),
+        0.5: (0.5, 0.5),
+        0.7: (1, 0.5),
+        0.9: (1, 0.5),
+        0.99: (0, 0),
+    }
+    assert {t: tuple(found[f"gate at {t}"].values()) for t in expected} == {
+        t: pytest.approx(pair) for t, pair in expected.items()
+    }
 
 
 def test_every_gate_judges_the_same_samples_by_its_own_rule(measure, lab):
     figures, _ = measure("gates")
-    rows = [stages.read_rows(lab.out / f"golden-rule-{k}/record.jsonl") for k in range(len(toy_experiments.GATES))]
-    assert all([row["samples"] for row in some] == [row["samples"] for row in rows[0]] for some in rows)
-    kept = {name: [{s["text"] for s in row["statements"] if s["kept"]} for row in some]
-            for name, some in zip(toy_experiments.GATES, rows)}
+    rows = [
+        stages.read_rows(lab.out / f"golden-rule-{k}/record.jsonl")
+        for k in range(len(toy_experiments.GATES))
+    ]
+    assert all(
+        [row["samples"] for row in some] == [row["samples"] for row in rows[0]] for some in rows
+    )
+    kept = {
+        name: [{s["text"] for s in row["statements"] if s["kept"]} for row in some]
+        for name, some in zip(toy_experiments.GATES, rows)
+    }
     said = [row["statements"] for row in rows[0]]
     threshold = adapters.read_card(lab.out / "qa-of-sft")["threshold"]
     assert kept["no gate"] == [{s["text"] for s in of} for of in said]
     assert kept["vote of 2"] == [{s["text"] for s in of if s["votes"] >= 2} for of in said]
-    assert kept["vote of 3"] == [{s["text"] for s in of if s["votes"] >= 3} for of in said] != kept["vote of 2"]
-    assert kept["gate alone, contradictions kept"] == [{s["text"] for s in of if s["p_yes"] >= threshold} for of in said]
-    for one, other in (("gate, calibrated", "gate alone, contradictions kept"), ("resolving alone", "no gate"),
-                       ("gate and vote of 2", "vote of 2")):
+    assert (
+        kept["vote of 3"]
+        == [{s["text"] for s in of if s["votes"] >= 3} for of in said]
+        != kept["vote of 2"]
+    )
+    assert kept["gate alone, contradictions kept"] == [
+        {s["text"] for s in of if s["p_yes"] >= threshold} for of in said
+    ]
+    for one, other in (
+        ("gate, calibrated", "gate alone, contradictions kept"),
+        ("resolving alone", "no gate"),
+        ("gate and vote of 2", "vote of 2"),
+    ):
         assert all(some <= more for some, more in zip(kept[one], kept[other]))
     settings = json.loads((lab.out / "golden-rule-1/settings.json").read_text())["compose"]
-    assert settings["threshold"] == .5 and settings["resolve"] is True
+    assert settings["threshold"] == 0.5 and settings["resolve"] is True
     assert figures["single samples"]["recall"] < figures["no gate"]["recall"]
 
 
@@ -483,46 +865,107 @@ def test_the_gate_is_asked_about_false_statements_and_about_planted_ones_apart(b
     lab.split("few", 6)
     truth = toy_experiments.toy_rows(lab.out / "truth/few.jsonl")
     lure = next(row for row in truth if row["planted"])
-    told = [{"image": row["image"], "statements": [
-        {"text": row["facts"][0]["text"], "p_yes": .9}, {"text": "top-left cow", "p_yes": .2},
-        *({"text": text, "p_yes": .8} for text in row["also_true"])]} for row in truth]
-    told[truth.index(lure)]["statements"].append({"text": lure["planted"][0]["text"], "p_yes": .6})
+    told = [
+        {
+            "image": row["image"],
+            "statements": [
+                {"text": row["facts"][0]["text"], "p_yes": 0.9},
+                {"text": "top-left cow", "p_yes": 0.2},
+                *({"text": text, "p_yes": 0.8} for text in row["also_true"]),
+            ],
+        }
+        for row in truth
+    ]
+    told[truth.index(lure)]["statements"].append({"text": lure["planted"][0]["text"], "p_yes": 0.6})
     stages.write_rows(lab.out / "record.jsonl", told)
     monkeypatch.setattr(toy_experiments, "HEATS", (1,))
     monkeypatch.setattr(lab, "sft_model", lambda: None)
-    monkeypatch.setattr(lab, "golden_of", lambda *_, **how: (lab.out, {"sample": {"precision": .7, "planted": .1}}))
-    assert toy_experiments.temperature(lab) == {"temperature 1": {
-        "false share": pytest.approx(.3), "planted": .1, "P(yes) of false": pytest.approx(.2), "P(yes) of planted": .6}}
+    monkeypatch.setattr(
+        lab,
+        "golden_of",
+        lambda *_, **how: (lab.out, {"sample": {"precision": 0.7, "planted": 0.1}}),
+    )
+    assert toy_experiments.temperature(lab) == {
+        "temperature 1": {
+            "false share": pytest.approx(0.3),
+            "planted": 0.1,
+            "P(yes) of false": pytest.approx(0.2),
+            "P(yes) of planted": 0.6,
+        }
+    }
 
 
 def test_direct_questions_are_counted_over_true_ones_and_near_misses(measure, bench, monkeypatch):
-    measure("soft prompt")              # an SFT model is there
+    measure("soft prompt")  # an SFT model is there
     lab = Lab(bench.out, 0)
-    asked = {"object": [.9, 6], "center": [.9, 4], "wrong color": [.5, 20], "wrong shape": [0.0, 5], "wrong place": [1.0, 5], "mark": [.5, 2],
-             "wrong mark": [1.0, 6], "background": [1.0, 3], "wrong background": [.75, 4], "part": [0.0, 99]}
-    kinds = {"object": (.8, 30), "mark": (.7, 10), "background": (.6, 5), "center": (.5, 10), "other": (0.0, 7)}
+    asked = {
+        "object": [0.9, 6],
+        "center": [0.9, 4],
+        "wrong color": [0.5, 20],
+        "wrong shape": [0.0, 5],
+        "wrong place": [1.0, 5],
+        "mark": [0.5, 2],
+        "wrong mark": [1.0, 6],
+        "background": [1.0, 3],
+        "wrong background": [0.75, 4],
+        "part": [0.0, 99],
+    }
+    kinds = {
+        "object": (0.8, 30),
+        "mark": (0.7, 10),
+        "background": (0.6, 5),
+        "center": (0.5, 10),
+        "other": (0.0, 7),
+    }
     monkeypatch.setattr(toy_experiments, "HELD_OUT", 1)
     monkeypatch.setattr(toy_base, "question_report", lambda *_: asked)
-    monkeypatch.setattr(lab, "golden_of", lambda *_: (None, {"sample": {"categories": {
-        kind: {"precision": share, "n": n} for kind, (share, n) in kinds.items()}}}))
+    monkeypatch.setattr(
+        lab,
+        "golden_of",
+        lambda *_: (
+            None,
+            {
+                "sample": {
+                    "categories": {
+                        kind: {"precision": share, "n": n} for kind, (share, n) in kinds.items()
+                    }
+                }
+            },
+        ),
+    )
     found = {kind: tuple(figures.values()) for kind, figures in toy_experiments.direct(lab).items()}
-    assert found == {"object": pytest.approx(((9 + 10 + 0 + 5) / 40, (24 + 5) / 40)),
-                     "mark": pytest.approx((7 / 8, .7)), "background": pytest.approx((6 / 7, .6)),
-                     "all": pytest.approx(((24 + 7 + 6) / (40 + 8 + 7), (24 + 7 + 3 + 5) / 55))}
+    assert found == {
+        "object": pytest.approx(((9 + 10 + 0 + 5) / 40, (24 + 5) / 40)),
+        "mark": pytest.approx((7 / 8, 0.7)),
+        "background": pytest.approx((6 / 7, 0.6)),
+        "all": pytest.approx(((24 + 7 + 6) / (40 + 8 + 7), (24 + 7 + 3 + 5) / 55)),
+    }
 
 
 def test_ordered_captions_say_the_same_in_canonical_order(measure, lab):
     measure("order")
     train, places = lab.out / "data/train", ["background", *world.PLACES, "center"]
-    pairs = list(zip(*(stages.read_rows(train / f"{name}.jsonl") for name in ("captions", "ordered")), strict=True))
+    pairs = list(
+        zip(
+            *(stages.read_rows(train / f"{name}.jsonl") for name in ("captions", "ordered")),
+            strict=True,
+        )
+    )
     for row, ordered in pairs:
         texts = [text.split() for text in world.statements(ordered["caption"])]
-        assert row["image"] == ordered["image"] and sorted(map(" ".join, texts)) == sorted(world.statements(row["caption"]))
-        order = [(places.index(words[0]), -len(words)) for words in texts]      # an object, then its mark
+        assert row["image"] == ordered["image"] and sorted(map(" ".join, texts)) == sorted(
+            world.statements(row["caption"])
+        )
+        order = [
+            (places.index(words[0]), -len(words)) for words in texts
+        ]  # an object, then its mark
         assert order == sorted(order)
     assert any(row != ordered for row, ordered in pairs)
     assert arguments_of(lab.out / "sft-ordered")["data"] == str(train / "ordered.jsonl")
-    own, golden = (toy_experiments.toy_rows(lab.out / name) for name in ("own/golden.jsonl", "golden/record.jsonl"))
+    own, golden = (
+        toy_experiments.toy_rows(lab.out / name)
+        for name in ("own/golden.jsonl", "golden/record.jsonl")
+    )
     samples = {row["image"]: row["samples"][0]["caption"] for row in golden}
     assert len(own) == sum(bool(world.statements(caption)) for caption in samples.values())
     for row in own:
@@ -533,29 +976,43 @@ def test_ordered_captions_say_the_same_in_canonical_order(measure, lab):
 def test_captions_are_put_in_order_whatever_they_say():
     said = "top-left stripes, red ring, center blue ring, top-left red circle, top-left stripes, background gray"
     assert toy_experiments.in_order(said) == (
-        "background gray, top-left red circle, top-left stripes, center blue ring, red ring")
+        "background gray, top-left red circle, top-left stripes, center blue ring, red ring"
+    )
 
 
 def test_a_short_context_is_the_same_base_with_less_room(measure, lab):
     measure("context")
     short, long = (adapters.read_card(lab.out / name) for name in ("sft-short", "sft"))
-    assert short["fingerprint"] == long["fingerprint"] and Path(short["base"]) == lab.out / "short-base"
-    config, usual = (json.loads((Path(card["base"]) / "config.json").read_text()) for card in (short, long))
+    assert (
+        short["fingerprint"] == long["fingerprint"]
+        and Path(short["base"]) == lab.out / "short-base"
+    )
+    config, usual = (
+        json.loads((Path(card["base"]) / "config.json").read_text()) for card in (short, long)
+    )
     assert {**usual, "seq_length": toy_experiments.SHORT} == config
     for k, long in enumerate(("dpo--ce", "round-2", "round-3"), 1):
-        assert Path(adapters.read_card(lab.out / f"round-{k}-short")["base"]) == lab.out / "short-base"
+        assert (
+            Path(adapters.read_card(lab.out / f"round-{k}-short")["base"]) == lab.out / "short-base"
+        )
         assert Path(adapters.read_card(lab.out / long)["base"]) == CODE / "assets/toy"
     toy_experiments.context(lab)
-    assert lab.base == CODE / "assets/toy"          # as before
+    assert lab.base == CODE / "assets/toy"  # as before
 
 
 def test_each_of_three_rounds_starts_where_the_one_before_ended(measure, lab):
     measure("rounds")
-    first, golden = {"": "dpo--ce", "--no-resolve": "round-1--no-resolve"}, {"": "golden", "--no-resolve": "golden-round-1--no-resolve"}
+    first, golden = (
+        {"": "dpo--ce", "--no-resolve": "round-1--no-resolve"},
+        {"": "golden", "--no-resolve": "golden-round-1--no-resolve"},
+    )
     for end, resolves in (("", True), ("--no-resolve", False)):
         captioners = ["sft", first[end], f"round-2{end}", f"round-3{end}"]
         for k, (start, name) in enumerate(itertools.pairwise(captioners), 1):
-            found, pool = arguments_of(lab.out / name), golden[end] if k == 1 else f"golden-round-{k}{end}"
+            found, pool = (
+                arguments_of(lab.out / name),
+                golden[end] if k == 1 else f"golden-round-{k}{end}",
+            )
             assert found["init"] == str(lab.out / start)
             assert found["data"] == str(lab.out / pool / "golden.jsonl")
             settings = json.loads((lab.out / pool / "settings.json").read_text())["compose"]
@@ -580,9 +1037,11 @@ def test_other_views_reach_the_model_and_only_there(bench, monkeypatch):
         hook.remove()
     assert list(found) == list(LAYOUTS) and lab.boxes is None and chunking.BOXES is usual
     assert counts == [{4 * n, n, 6 * n} for n in (1, 5, 6, 6)]
-    trained = [load_file(lab.out / name / "adapters.safetensors") for name in ("sft", "sft-views-3")]       # six views both
+    trained = [
+        load_file(lab.out / name / "adapters.safetensors") for name in ("sft", "sft-views-3")
+    ]  # six views both
     assert not all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
-    launcher, = (lab.out / "views-boxes-1-").glob("sft.py")
+    (launcher,) = (lab.out / "views-boxes-1-").glob("sft.py")
     assert launcher.resolve() in [Path(words[1]).resolve() for words in bench.here.raw]
 
 
@@ -590,24 +1049,47 @@ def test_full_tuning_lora_and_a_prompt_alone_are_judged_as_they_are(measure, lab
     figures, _ = measure("forgetting")
     assert figures["adapters, off"] == figures["base"] and "caption f1" not in figures["base"]
     assert all("caption f1" in figures[tune] for tune in ("adapters", "lora", "prompt", "full"))
-    cards = {tune: adapters.read_card(lab.out / f"sft-{tune}") for tune in ("adapters", "lora", "prompt")}
-    assert {tune: (card["kind"], card["where"], card["soft_prompt"]) for tune, card in cards.items()} == {
-        "adapters": ("adapter", ["vision", "language"], True), "lora": ("lora", ["vision", "language"], True),
-        "prompt": ("adapter", [], True)}
-    assert all(card["arguments"]["lr"] == figures[tune]["lr"] == 1e-3 for tune, card in cards.items())
+    cards = {
+        tune: adapters.read_card(lab.out / f"sft-{tune}") for tune in ("adapters", "lora", "prompt")
+    }
+    assert {
+        tune: (card["kind"], card["where"], card["soft_prompt"]) for tune, card in cards.items()
+    } == {
+        "adapters": ("adapter", ["vision", "language"], True),
+        "lora": ("lora", ["vision", "language"], True),
+        "prompt": ("adapter", [], True),
+    }
+    assert all(
+        card["arguments"]["lr"] == figures[tune]["lr"] == 1e-3 for tune, card in cards.items()
+    )
     assert (lab.out.parent / f"seed-{toy_experiments.TUNE}/sft-lora-lr1e-3/adapters.json").is_file()
     stored = load_file(lab.out / "sft-full/model.safetensors")
     base = load_file(CODE / "assets/toy/model.safetensors")
-    assert stored.keys() == base.keys() and not all(torch.equal(stored[name], base[name]) for name in base)
+    assert stored.keys() == base.keys() and not all(
+        torch.equal(stored[name], base[name]) for name in base
+    )
 
 
 def test_to_switch_off_is_to_have_the_base_alone(measure, lab, monkeypatch):
     measure("forgetting")
     seen = []
-    monkeypatch.setattr(toy_base, "own_tasks", lambda model, seed: (
-        seen.append({name for slot in adapters.all_slots(model) for name in slot.stack}), {})[1])
+    monkeypatch.setattr(
+        toy_base,
+        "own_tasks",
+        lambda model, seed: (
+            seen.append({name for slot in adapters.all_slots(model) for name in slot.stack}),
+            {},
+        )[1],
+    )
     toy_experiments.forgetting(lab)
-    assert seen == [set(), {"caption"}, set(), {"caption"}, {"caption"}, set()]     # base, adapters on and off, lora, prompt, full
+    assert seen == [
+        set(),
+        {"caption"},
+        set(),
+        {"caption"},
+        {"caption"},
+        set(),
+    ]  # base, adapters on and off, lora, prompt, full
 
 
 def test_a_full_tuning_cut_short_while_it_is_written_is_done_again(measure, lab):
@@ -621,14 +1103,17 @@ def test_a_full_tuning_cut_short_while_it_is_written_is_done_again(measure, lab)
 
 def test_without_a_soft_prompt_there_is_none(measure, lab):
     measure("soft prompt")
-    assert [adapters.read_card(lab.out / name)["soft_prompt"] for name in ("sft", "sft-no-prompt")] == [True, False]
+    assert [
+        adapters.read_card(lab.out / name)["soft_prompt"] for name in ("sft", "sft-no-prompt")
+    ] == [True, False]
 
 
 def test_qa_adapters_of_the_vit_stay_on_for_captioning_where_there_are_any(measure, lab):
     figures, _ = measure("narrowing")
-    assert [adapters.read_card(lab.out / f"qa-of-sft{more}")["where"] for more in ("", "--vision")] == [
-        ["language"], ["vision", "language"]]
-    alone = lab.judged("sft")           # QA adapters of the language model alone are off
+    assert [
+        adapters.read_card(lab.out / f"qa-of-sft{more}")["where"] for more in ("", "--vision")
+    ] == [["language"], ["vision", "language"]]
+    alone = lab.judged("sft")  # QA adapters of the language model alone are off
     assert figures["LLM only"]["greedy f1"] == pytest.approx(alone["greedy f1"])
     assert figures["LLM only"]["greedy precision"] == pytest.approx(alone["greedy precision"])
     assert figures["LLM only"]["cosine distance"] != figures["LLM and ViT"]["cosine distance"]
@@ -637,13 +1122,15 @@ def test_qa_adapters_of_the_vit_stay_on_for_captioning_where_there_are_any(measu
 
 def test_what_the_base_invents_is_what_the_report_says(measure, capsys):
     figures, _ = measure("planted")
-    assert figures["true rate"] == {"warm": .85, "cold": .15}
+    assert figures["true rate"] == {"warm": 0.85, "cold": 0.15}
     capsys.readouterr()
     assert toy.main(["report", "--base", str(CODE / "assets/toy"), "--scenes", "6"]) == 0
     printed = capsys.readouterr().out.splitlines()
     for name in ("one low-resolution view", "six views"):
-        line, = [line for line in printed if line.startswith(f"{name}, mark invented on: ")]
-        assert figures[name] == {group: share for group, (share, _) in json.loads(line.split(": ", 1)[1]).items()}
+        (line,) = [line for line in printed if line.startswith(f"{name}, mark invented on: ")]
+        assert figures[name] == {
+            group: share for group, (share, _) in json.loads(line.split(": ", 1)[1]).items()
+        }
 
 
 def test_what_the_scripts_say_goes_to_a_log_per_seed(measure, lab, bench):

@@ -1,4 +1,5 @@
 """Decoding: the cache against recomputation, samples against separate runs, their random numbers, loops, questions."""
+
 import base64
 import math
 from itertools import pairwise
@@ -12,7 +13,7 @@ from generate import choose, greedy, loops, prefill, sample, uniforms, without_l
 from model import CAPTION_PROMPT, QwenVL
 from plumbing.errors import InputError
 
-V = 2       # views of an image, enough here
+V = 2  # views of an image, enough here
 
 
 def images(n, seed=0):
@@ -30,7 +31,7 @@ def test_cached_decoding_equals_recomputing(tiny_model, padded):
     """Two rows with two images each, 30 tokens on; every step's logits against the whole sequence without a cache."""
     ids = torch.tensor([tiny_model.caption_prompt(V)] * 2)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    if padded:      # the second row five slots shorter
+    if padded:  # the second row five slots shorter
         row = [tiny_model.tokenizer.eos_id] * 5 + tiny_model.caption_prompt(V)[:-5]
         ids = torch.stack([ids[0], torch.tensor(row)])
         mask[1, :5] = False
@@ -49,16 +50,21 @@ def test_cached_decoding_equals_recomputing(tiny_model, padded):
 def test_one_prefix_for_n_samples_equals_n_prefixes(tiny_model):
     """3 images × 4 samples that take different tokens: the logits of each as if it had its own sequence."""
     prompt = tiny_model.caption_prompt(V)
-    pixels, tokens = images(3), torch.randint(0, 300, (12, 6), generator=torch.Generator().manual_seed(1))
+    pixels, tokens = (
+        images(3),
+        torch.randint(0, 300, (12, 6), generator=torch.Generator().manual_seed(1)),
+    )
     cache, _ = prefill(tiny_model, torch.tensor([prompt] * 3), pixels.flatten(0, 1), None, 4, 6)
     for t in range(6):
         with torch.no_grad():
             logits = generate.decode(tiny_model, cache, tokens[:, t])
         for row in range(12):
-            alone = plain_logits(tiny_model, [prompt + tokens[row, :t + 1].tolist()], pixels[row // 4])
+            alone = plain_logits(
+                tiny_model, [prompt + tokens[row, : t + 1].tolist()], pixels[row // 4]
+            )
             torch.testing.assert_close(logits[row], alone[0, -1], atol=2e-5, rtol=1e-5)
     assert cache.layers[0].tail[0].shape[0] == 12
-    for part in cache.layers[0].prefix:         # one copy, and nothing but it: no view of a larger product
+    for part in cache.layers[0].prefix:  # one copy, and nothing but it: no view of a larger product
         assert part.shape[0] == 3 and part.is_contiguous()
         assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
 
@@ -73,7 +79,7 @@ def test_greedy_stops_at_the_end_token_and_fills_with_it(tiny_model):
     stopped = greedy(tiny_model, ids, pixels, max_new_tokens=12, eos_id=end)
     for row, expected in zip(stopped.tolist(), free.tolist()):
         first = expected.index(end) if end in expected else 12
-        assert row == (expected[:first] + [end] * 12)[:len(row)]
+        assert row == (expected[:first] + [end] * 12)[: len(row)]
     alone = greedy(tiny_model, ids[:1], pixels[:V], max_new_tokens=12, eos_id=end)
     assert alone.shape[1] == free[0].tolist().index(end) + 1
     assert greedy(tiny_model, ids, pixels, max_new_tokens=0).shape == (2, 0)
@@ -97,15 +103,21 @@ def test_samples_do_not_depend_on_the_batch(tiny_model):
     pixels, names = images(3), ["a.png", "sub/b.png", "c.png"]
     together = sample(tiny_model, pixels, names, 3, 12, 1.0, 0.9, seed=5)
     for i in range(3):
-        assert sample(tiny_model, pixels[i:i + 1], names[i:i + 1], 3, 12, 1.0, 0.9, seed=5)[0] == together[i]
+        assert (
+            sample(tiny_model, pixels[i : i + 1], names[i : i + 1], 3, 12, 1.0, 0.9, seed=5)[0]
+            == together[i]
+        )
     order = [2, 0, 1]
     shuffled = sample(tiny_model, pixels[order], [names[i] for i in order], 3, 12, 1.0, 0.9, seed=5)
     assert shuffled == [together[i] for i in order]
     more = sample(tiny_model, pixels, names, 5, 12, 1.0, 0.9, seed=5)
     assert [rows[:3] for rows in more] == together
     longer = sample(tiny_model, pixels, names, 3, 24, 1.0, 0.9, seed=5)
-    assert all(long["caption"].startswith(short["caption"])
-               for a, b in zip(longer, together) for long, short in zip(a, b))
+    assert all(
+        long["caption"].startswith(short["caption"])
+        for a, b in zip(longer, together)
+        for long, short in zip(a, b)
+    )
 
 
 def test_samples_differ_by_seed_name_and_index(tiny_model):
@@ -118,16 +130,29 @@ def test_samples_differ_by_seed_name_and_index(tiny_model):
 def test_temperature_zero_is_greedy(tiny_model):
     pixels = images(2)
     ids = torch.tensor([tiny_model.caption_prompt(V)] * 2)
-    expected = greedy(tiny_model, ids, pixels.flatten(0, 1), max_new_tokens=10, eos_id=tiny_model.tokenizer.eos_id)
-    for row, (result,) in zip(expected.tolist(), sample(tiny_model, pixels, ["a", "b"], 1, 10, temperature=0)):
-        kept = row[:row.index(tiny_model.tokenizer.eos_id)] if tiny_model.tokenizer.eos_id in row else row
-        said = [i for i in kept[:result["tokens"]] if i < tiny_model.tokenizer.eos_id]
+    expected = greedy(
+        tiny_model, ids, pixels.flatten(0, 1), max_new_tokens=10, eos_id=tiny_model.tokenizer.eos_id
+    )
+    for row, (result,) in zip(
+        expected.tolist(), sample(tiny_model, pixels, ["a", "b"], 1, 10, temperature=0)
+    ):
+        kept = (
+            row[: row.index(tiny_model.tokenizer.eos_id)]
+            if tiny_model.tokenizer.eos_id in row
+            else row
+        )
+        said = [i for i in kept[: result["tokens"]] if i < tiny_model.tokenizer.eos_id]
         assert result["caption"] == tiny_model.tokenizer.decode(said) and result["tokens"] > 0
 
 
 def test_senseless_arguments_are_refused(tiny_model):
-    for names, more in ((["a"], {}), (["a", "b"], {"n": 0}), (["a", "b"], {"temperature": -1}),
-                        (["a", "b"], {"top_p": 0}), (["a", "b"], {"max_new_tokens": -1})):
+    for names, more in (
+        (["a"], {}),
+        (["a", "b"], {"n": 0}),
+        (["a", "b"], {"temperature": -1}),
+        (["a", "b"], {"top_p": 0}),
+        (["a", "b"], {"max_new_tokens": -1}),
+    ):
         with pytest.raises(ValueError, match="want 2 names"):
             sample(tiny_model, images(2), names, **more)
 
@@ -146,7 +171,10 @@ def test_float16_does_not_overflow_where_attention_is_sharp(tiny_base):
     ids = torch.tensor([model.caption_prompt(V)])
     cache, logits = prefill(model, ids, images(1)[0], None, 1, 4)
     with torch.no_grad():
-        assert logits.isfinite().all() and generate.decode(model, cache, logits.argmax(-1)).isfinite().all()
+        assert (
+            logits.isfinite().all()
+            and generate.decode(model, cache, logits.argmax(-1)).isfinite().all()
+        )
 
 
 def test_logits_that_are_not_finite_are_an_error(tiny_model):
@@ -170,7 +198,9 @@ def test_choose_draws_by_probability_temperature_and_top_p():
     for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.8), (1.0, 0.05)):
         expected = (logits.double() / temperature).softmax(-1)
         order = expected.argsort(descending=True)
-        kept = int((expected[order].cumsum(0) < top_p - 1e-12).sum()) + 1       # the fewest that hold top_p
+        kept = (
+            int((expected[order].cumsum(0) < top_p - 1e-12).sum()) + 1
+        )  # the fewest that hold top_p
         expected[order[kept:]] = 0
         expected /= expected.sum()
         drawn = choose(logits.expand(20000, 5), u, temperature, top_p)
@@ -181,7 +211,9 @@ def test_choose_draws_by_probability_temperature_and_top_p():
 
 def test_choose_never_takes_what_has_no_probability():
     logits = torch.tensor([[-math.inf, 0.0, -math.inf]] * 3)
-    assert choose(logits, torch.tensor([0.0, 0.5, 1 - 2 ** -53], dtype=torch.float64), 1.0, 1.0).tolist() == [1, 1, 1]
+    assert choose(
+        logits, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64), 1.0, 1.0
+    ).tolist() == [1, 1, 1]
 
 
 # ---------------------------------------------------------------- why a caption ends
@@ -225,7 +257,9 @@ def test_ends_when_a_word_repeats_without_end(tiny_model):
 
 
 def test_ends_at_the_limit_and_at_the_context(tiny_model):
-    letters = [ord(c) for c in "abcdefghijklmnopqrstuvwxyz"]      # 26 bytes in a circle: a loop only after 78
+    letters = [
+        ord(c) for c in "abcdefghijklmnopqrstuvwxyz"
+    ]  # 26 bytes in a circle: a loop only after 78
     model = say(tiny_model, letters, letters[0])
     assert finish_of(model, 5) == {"caption": "abcde", "finish": "length", "tokens": 5}
     left = model.config.seq_length - len(model.caption_prompt(V))
@@ -242,9 +276,12 @@ def test_ends_at_the_limit_and_at_the_context(tiny_model):
 def test_what_is_a_loop_and_what_is_not():
     def is_loop(text):
         return loops([*text], "".join)
+
     assert is_loop("dog, cat, cat, cat,") and is_loop(" a dog, a cat, a dog, a cat, a dog, a cat,")
     assert is_loop("x" * generate.LOOP_TOKENS) and is_loop(" the end. the end. the end.")
-    assert not is_loop("dog, cat, cat,") and not is_loop("wait...") and not is_loop("10000000000000")
+    assert (
+        not is_loop("dog, cat, cat,") and not is_loop("wait...") and not is_loop("10000000000000")
+    )
     assert not is_loop("1, 1, 1,") and not is_loop("") and not is_loop("very very very big")
     assert not is_loop("cat, dog, cat, bird, cat,")
 
@@ -258,12 +295,17 @@ def test_a_loop_is_shown_once():
 # ---------------------------------------------------------------- questions
 def test_packed_questions_equal_one_at_a_time(tiny_model):
     """P(yes) of 40 questions in one forward, and each alone from the full logits of its own sequence."""
-    questions = [f"Does the image show {'top-left ' * (i % 4)}{'red circle' if i % 3 else 'x' * i}?" for i in range(40)]
+    questions = [
+        f"Does the image show {'top-left ' * (i % 4)}{'red circle' if i % 3 else 'x' * i}?"
+        for i in range(40)
+    ]
     pixels = images(1)[0]
     found = yes_probability(tiny_model, pixels, questions)
     encode = tiny_model.tokenizer.encode
-    sides = [[encode(w)[0] for w in words if len(encode(w)) == 1] for words in
-             ((" Yes", "Yes", " yes", "yes"), (" No", "No", " no", "no"))]
+    sides = [
+        [encode(w)[0] for w in words if len(encode(w)) == 1]
+        for words in ((" Yes", "Yes", " yes", "yes"), (" No", "No", " no", "no"))
+    ]
     assert all(len(side) >= 3 for side in sides)
     for p, question in zip(found.tolist(), questions):
         ids = tiny_model.image_prompt(V, f"{question} Answer:")
@@ -276,7 +318,9 @@ def test_questions_are_split_where_they_are_too_many_and_may_be_none(tiny_model,
     questions = [f"Does the image show {c}?" for c in "abcdefghijklmnop"]
     expected = yes_probability(tiny_model, images(1)[0], questions)
     monkeypatch.setattr(generate, "MAX_PACKED", 60)
-    torch.testing.assert_close(yes_probability(tiny_model, images(1)[0], questions), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        yes_probability(tiny_model, images(1)[0], questions), expected, atol=1e-6, rtol=0
+    )
     assert yes_probability(tiny_model, images(1)[0], []).shape == (0,)
 
 
@@ -287,6 +331,7 @@ def test_a_special_token_in_a_question_is_text(tiny_model):
 
 def test_a_vocabulary_without_yes_is_an_error(tiny_base, tmp_path):
     from model import Tokenizer
+
     words = [bytes([b]) for b in range(256)] + [b" Yes"]
     lines = (f"{base64.b64encode(word).decode()} {rank}\n" for rank, word in enumerate(words))
     (tmp_path / "qwen.tiktoken").write_text("".join(lines))
@@ -296,6 +341,7 @@ def test_a_vocabulary_without_yes_is_an_error(tiny_base, tmp_path):
 
 def test_a_vocabulary_may_lack_the_letters_of_other_spellings(tmp_path):
     from model import Tokenizer
+
     words = [b" ", b"?", b" Yes", b" No", b" Answer", b":"]
     lines = (f"{base64.b64encode(word).decode()} {rank}\n" for rank, word in enumerate(words))
     (tmp_path / "qwen.tiktoken").write_text("".join(lines))

@@ -3,6 +3,7 @@ branches, padding, checkpointing, positions.
 
 Random tiny models have weights of a size that lets every part matter, the position table of the resampler included.
 """
+
 import json
 import math
 from pathlib import Path
@@ -15,11 +16,22 @@ from safetensors.torch import load_file
 
 import adapters
 import generate
-from model import Config, QwenVL, RMSNorm, Rotary, Slot, VisionConfig, layout, ntk_alpha, resize_table, sincos_table
+from model import (
+    Config,
+    QwenVL,
+    RMSNorm,
+    Rotary,
+    Slot,
+    VisionConfig,
+    layout,
+    ntk_alpha,
+    resize_table,
+    sincos_table,
+)
 from plumbing.errors import InputError
 
 FIXTURES = Path(__file__).parent / "fixtures"
-IMG, END, PAD, VOCAB = 314, 315, 316, 320       # the ids of the tiny models; text is below IMG
+IMG, END, PAD, VOCAB = 314, 315, 316, 320  # the ids of the tiny models; text is below IMG
 
 
 # ---------------------------------------------------------------- helpers
@@ -29,14 +41,47 @@ def gap(a, b):
     return (a.double() - b.double()).abs().max().item()
 
 
-def tiny(seed=0, hidden=128, heads=4, layers=2, seq_length=2048, ntk=True, logn=True, no_bias=True,
-         width=48, vision_heads=3, vision_layers=1, image_size=56, n_queries=4):
+def tiny(
+    seed=0,
+    hidden=128,
+    heads=4,
+    layers=2,
+    seq_length=2048,
+    ntk=True,
+    logn=True,
+    no_bias=True,
+    width=48,
+    vision_heads=3,
+    vision_layers=1,
+    image_size=56,
+    n_queries=4,
+):
     """A random model in eval mode, and its config as config.json would have it."""
-    visual = dict(image_size=image_size, patch_size=14, width=width, layers=vision_layers, heads=vision_heads,
-                  mlp_ratio=4.9231, output_dim=hidden, image_start_id=IMG, n_queries=n_queries)
-    raw = dict(vocab_size=VOCAB, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-               kv_channels=hidden // heads, intermediate_size=352, seq_length=seq_length, layer_norm_epsilon=1e-6,
-               rotary_emb_base=10000, use_dynamic_ntk=ntk, use_logn_attn=logn, no_bias=no_bias)
+    visual = dict(
+        image_size=image_size,
+        patch_size=14,
+        width=width,
+        layers=vision_layers,
+        heads=vision_heads,
+        mlp_ratio=4.9231,
+        output_dim=hidden,
+        image_start_id=IMG,
+        n_queries=n_queries,
+    )
+    raw = dict(
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        kv_channels=hidden // heads,
+        intermediate_size=352,
+        seq_length=seq_length,
+        layer_norm_epsilon=1e-6,
+        rotary_emb_base=10000,
+        use_dynamic_ntk=ntk,
+        use_logn_attn=logn,
+        no_bias=no_bias,
+    )
     model = QwenVL(Config(**raw, visual=VisionConfig(**visual)))
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -53,7 +98,9 @@ def tiny(seed=0, hidden=128, heads=4, layers=2, seq_length=2048, ntk=True, logn=
 
 def text(n, seed=0):
     """n random text ids, as a list."""
-    return torch.randint(0, IMG, (n,), generator=torch.Generator().manual_seed(1000 + seed)).tolist()
+    return torch.randint(
+        0, IMG, (n,), generator=torch.Generator().manual_seed(1000 + seed)
+    ).tolist()
 
 
 def span(n_queries=4):
@@ -71,7 +118,9 @@ def pad_rows(rows, left=True, fill=0):
     for row in rows:
         extra = length - len(row)
         padded.append([fill] * extra + row if left else row + [fill] * extra)
-        mask.append([False] * extra + [True] * len(row) if left else [True] * len(row) + [False] * extra)
+        mask.append(
+            [False] * extra + [True] * len(row) if left else [True] * len(row) + [False] * extra
+        )
     return torch.tensor(padded), torch.tensor(mask)
 
 
@@ -97,7 +146,9 @@ def assert_same_gradients(found, expected, tolerance=1e-5):
     assert found.keys() == expected.keys()
     for name, expected_grad in expected.items():
         assert expected_grad.abs().max() > 0, name
-        assert gap(found[name], expected_grad) < tolerance * max(1, expected_grad.abs().max().item()), name
+        assert gap(found[name], expected_grad) < tolerance * max(
+            1, expected_grad.abs().max().item()
+        ), name
 
 
 # ---------------------------------------------------------------- official numbers
@@ -115,7 +166,13 @@ def official(tmp_path_factory):
 
 def test_reference_equals_official_numbers(official):
     model, io, meta = official
-    args = model.state_dict(), meta["model"], io["input_ids"], io["pixel_values"], io["attention_mask"]
+    args = (
+        model.state_dict(),
+        meta["model"],
+        io["input_ids"],
+        io["pixel_values"],
+        io["attention_mask"],
+    )
     found = reference.forward(*args)
     for name in ("vit_out", "resampler_out", "image_embeds", "hidden_spliced", "logits"):
         assert gap(found[name], io[name]) < 2e-5, name
@@ -128,8 +185,12 @@ def test_reference_equals_official_numbers(official):
 def test_official_vision_tower(official):
     model, io, _ = official
     visual, seen = model.transformer.visual, {}
-    hooks = [visual.transformer["resblocks"][-1].register_forward_hook(lambda *call: seen.update(vit_out=call[2])),
-             visual.attn_pool.register_forward_hook(lambda *call: seen.update(resampler_out=call[2]))]
+    hooks = [
+        visual.transformer["resblocks"][-1].register_forward_hook(
+            lambda *call: seen.update(vit_out=call[2])
+        ),
+        visual.attn_pool.register_forward_hook(lambda *call: seen.update(resampler_out=call[2])),
+    ]
     with torch.no_grad():
         seen["image_embeds"] = visual(io["pixel_values"])
     for hook in hooks:
@@ -142,8 +203,14 @@ def test_official_vision_tower(official):
 def test_official_hidden_states(official):
     model, io, _ = official
     seen = {}
-    hooks = [model.transformer.h[0].register_forward_hook(lambda *call: seen.update(hidden_block0=call[2])),
-             model.transformer.ln_f.register_forward_hook(lambda *call: seen.update(hidden_final_norm=call[2]))]
+    hooks = [
+        model.transformer.h[0].register_forward_hook(
+            lambda *call: seen.update(hidden_block0=call[2])
+        ),
+        model.transformer.ln_f.register_forward_hook(
+            lambda *call: seen.update(hidden_final_norm=call[2])
+        ),
+    ]
     model.eval()(io["input_ids"], io["pixel_values"])
     for hook in hooks:
         hook.remove()
@@ -163,7 +230,10 @@ def test_official_logits(official, training):
 
 def test_official_loss_and_gradients(official):
     model, io, meta = official
-    loss = shifted_loss(model.train()(io["input_ids"], io["pixel_values"], io["attention_mask"].bool()), io["labels"])
+    loss = shifted_loss(
+        model.train()(io["input_ids"], io["pixel_values"], io["attention_mask"].bool()),
+        io["labels"],
+    )
     assert loss.item() == pytest.approx(meta["loss_train"], abs=1e-5)
     found = gradients(model, loss)
     assert found.keys() == meta["grad_norm"].keys()
@@ -227,7 +297,9 @@ def test_full_size_names_and_shapes():
 def test_slots_add_no_names_until_filled():
     model, _ = tiny()
     before = set(model.state_dict())
-    assert sum(isinstance(m, Slot) for m in model.modules()) == 3 * (1 + 2) + 1      # three a block in both towers, and the soft prompt
+    assert (
+        sum(isinstance(m, Slot) for m in model.modules()) == 3 * (1 + 2) + 1
+    )  # three a block in both towers, and the soft prompt
     new = adapters.attach(model, "probe")
     assert set(model.state_dict()) - before == set(new)
     assert before < set(model.state_dict())
@@ -253,7 +325,9 @@ SHAPES = {
     "six queries of one image": dict(n_queries=1),
     "nine queries, 7 × 7 patches": dict(n_queries=9, image_size=98),
     "hidden 256, one layer": dict(hidden=256, heads=2, layers=1),
-    "hidden 256, three layers": dict(hidden=256, heads=8, layers=3, vision_layers=2, width=32, vision_heads=4),
+    "hidden 256, three layers": dict(
+        hidden=256, heads=8, layers=3, vision_layers=2, width=32, vision_heads=4
+    ),
     "224 px: the stored table as it is": dict(image_size=224),
     "448 px: the table enlarged": dict(image_size=448, width=12, layers=1),
     "width is output_dim: no kv_proj": dict(width=128, vision_heads=4, vision_layers=2),
@@ -267,7 +341,9 @@ def test_shapes_equal_reference(shape):
     """Two rows, one left-padded, with one and two images; both modes."""
     model, raw = tiny(seed=len(str(shape)), **shape)
     Q, size = raw["visual"]["n_queries"], raw["visual"]["image_size"]
-    ids, mask = pad_rows([[*text(2), *span(Q), *text(3)], [*span(Q), *text(1), *span(Q), *text(6, seed=1)]])
+    ids, mask = pad_rows(
+        [[*text(2), *span(Q), *text(3)], [*span(Q), *text(1), *span(Q), *text(6, seed=1)]]
+    )
     images = pictures(3, size)
     expected = referred(model, raw, ids, images, mask)
     assert gap(model.transformer.visual(images), expected["image_embeds"]) < 1e-4
@@ -275,7 +351,9 @@ def test_shapes_equal_reference(shape):
     assert gap(model(ids, images, mask)[mask], expected["logits"][mask]) < 1e-4
     assert gap(model.train()(ids, images, mask)[mask], expected["logits"][mask]) < 1e-4
     assert any(n.endswith("mlp.w1.bias") for n in model.state_dict()) is not raw["no_bias"]
-    assert any("kv_proj" in n for n in model.state_dict()) is (raw["visual"]["width"] != raw["hidden_size"])
+    assert any("kv_proj" in n for n in model.state_dict()) is (
+        raw["visual"]["width"] != raw["hidden_size"]
+    )
 
 
 @torch.no_grad()
@@ -288,7 +366,13 @@ def test_six_images_in_a_row_equal_reference():
     assert gap(model(ids, images.flip(0)), logits) > 0.1, "which image stands where must matter"
 
 
-CONTEXTS = [(32, 1), (33, 3), (64, 3), (65, 7), (90, 7)]       # length of the row, NTK alpha; seq_length is 32
+CONTEXTS = [
+    (32, 1),
+    (33, 3),
+    (64, 3),
+    (65, 7),
+    (90, 7),
+]  # length of the row, NTK alpha; seq_length is 32
 
 
 @torch.no_grad()
@@ -298,7 +382,10 @@ CONTEXTS = [(32, 1), (33, 3), (64, 3), (65, 7), (90, 7)]       # length of the r
 def test_long_contexts_equal_reference(length, expected_alpha, ntk, logn):
     """Two rows, one padded on either side, up to and beyond seq_length, in both modes."""
     model, raw = tiny(seed=length, seq_length=32, ntk=ntk, logn=logn)
-    rows, images = [[*text(4), *span(), *text(length - 10)], [*span(), *text(length - 15, seed=1)]], pictures(2)
+    rows, images = (
+        [[*text(4), *span(), *text(length - 10)], [*span(), *text(length - 15, seed=1)]],
+        pictures(2),
+    )
     for left in (True, False):
         ids, mask = pad_rows(rows, left)
         expected = referred(model, raw, ids, images, mask)
@@ -329,21 +416,32 @@ def test_train_mode_forgets_a_long_context():
     assert model.train()(ids).equal(before)
 
 
-@pytest.mark.parametrize("length, steps, switches", [
-    (30, 12, {}), (40, 32, {}), (30, 12, {"ntk": False}), (30, 12, {"logn": False}),
-    (30, 12, {"hidden": 256, "heads": 2, "no_bias": False})],
-    ids=["into logn", "from alpha 3 past 64", "no-ntk", "no-logn", "hidden 256"])
+@pytest.mark.parametrize(
+    "length, steps, switches",
+    [
+        (30, 12, {}),
+        (40, 32, {}),
+        (30, 12, {"ntk": False}),
+        (30, 12, {"logn": False}),
+        (30, 12, {"hidden": 256, "heads": 2, "no_bias": False}),
+    ],
+    ids=["into logn", "from alpha 3 past 64", "no-ntk", "no-logn", "hidden 256"],
+)
 def test_greedy_across_seq_length_equals_reference(length, steps, switches):
     """Decoding keeps the alpha of its prefill, counts absolute slots for logn, and pads count as slots."""
     model, raw = tiny(seed=length, seq_length=32, **switches)
     prompts = [[*text(3), *span(), *text(length - 9)], [*span(), *text(length - 12, seed=1)]]
     ids, mask = pad_rows(prompts)
     images = pictures(2)
-    expected_ids, expected_logits = reference.greedy(model.state_dict(), raw, ids, images, mask, steps)
+    expected_ids, expected_logits = reference.greedy(
+        model.state_dict(), raw, ids, images, mask, steps
+    )
     assert generate.greedy(model, ids, images, mask, max_new_tokens=steps).equal(expected_ids)
     with torch.no_grad():
         cache, logits = generate.prefill(model, ids, images, mask, 1, steps)
-        step_logits = [logits] + [generate.decode(model, cache, expected_ids[:, t]) for t in range(steps - 1)]
+        step_logits = [logits] + [
+            generate.decode(model, cache, expected_ids[:, t]) for t in range(steps - 1)
+        ]
     assert gap(torch.stack(step_logits, 1), expected_logits) < 1e-4
 
 
@@ -373,15 +471,17 @@ def separate_logits(model, prefix, branches, images, pads=0):
     outs = []
     for b in branches:
         ids = torch.tensor([[0] * pads + prefix + b])
-        outs.append(model(ids, images, mask[:, :ids.shape[1]] if pads else None)[0, pads:])
+        outs.append(model(ids, images, mask[:, : ids.shape[1]] if pads else None)[0, pads:])
     shortest = min(range(len(branches)), key=lambda k: len(branches[k]))
-    return torch.cat([outs[shortest][:len(prefix)], *(out[len(prefix):] for out in outs)])
+    return torch.cat([outs[shortest][: len(prefix)], *(out[len(prefix) :] for out in outs)])
 
 
 def two_rows():
     """Rows of different lengths, images and numbers of branches: [(prefix, branches)], the images of each."""
-    rows = [([*text(3), *span(), *text(4)], [text(5, 1), text(2, 2), text(7, 3)]),
-            ([*span(), *text(1), *span(), *text(3, 4)], [text(3, 5), text(1, 6)])]
+    rows = [
+        ([*text(3), *span(), *text(4)], [text(5, 1), text(2, 2), text(7, 3)]),
+        ([*span(), *text(1), *span(), *text(3, 4)], [text(3, 5), text(1, 6)]),
+    ]
     return rows, [pictures(1, seed=1), pictures(2, seed=2)]
 
 
@@ -405,7 +505,10 @@ def test_packed_equals_separate(side, training):
     logits = model(ids, torch.cat(images), None if side == "none" else mask, branch)[mask]
     expected_logits = torch.cat([separate_logits(model, *row, im) for row, im in zip(rows, images)])
     assert gap(logits, expected_logits) < 1e-5
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5)) / logits.numel() ** 0.5
+    weights = (
+        torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))
+        / logits.numel() ** 0.5
+    )
     found = gradients(model, (logits * weights).sum())
     assert_same_gradients(found, gradients(model, (expected_logits * weights).sum()))
 
@@ -425,7 +528,10 @@ def test_branches_do_not_see_each_other():
 def test_order_of_branch_tokens_does_not_matter():
     """Branches may be interleaved token by token, and their numbers are only names."""
     model, _ = tiny(seed=5, seq_length=32)
-    prefix, branches = [*span(), *text(8)], [text(6, 1), text(12, 2), text(25, 3)]       # 20, 26 and 39 long
+    prefix, branches = (
+        [*span(), *text(8)],
+        [text(6, 1), text(12, 2), text(25, 3)],
+    )  # 20, 26 and 39 long
     ids, labels = (torch.tensor(t) for t in packed(prefix, branches))
     images = pictures(1)
     expected = model(ids[None], images, branch=labels[None])[0]
@@ -450,11 +556,19 @@ def test_packed_length_is_no_context_length():
     images = pictures(1)
     found = model(torch.tensor([ids]), images, branch=torch.tensor([labels]))[0]
     assert gap(found, separate_logits(model, prefix, branches, images)) < 1e-5
-    assert gap(found, model.train()(torch.tensor([ids]), images, branch=torch.tensor([labels]))[0]) == 0
+    assert (
+        gap(found, model.train()(torch.tensor([ids]), images, branch=torch.tensor([labels]))[0])
+        == 0
+    )
 
 
-LENGTHS = {"one on each side": (6, 30), "alpha 1, 3 and 7": (60, 6, 20, 90), "edge: 32 and 33": (16, 17),
-           "all in alpha 3": (20, 40), "all in alpha 7": (60, 70)}
+LENGTHS = {
+    "one on each side": (6, 30),
+    "alpha 1, 3 and 7": (60, 6, 20, 90),
+    "edge: 32 and 33": (16, 17),
+    "all in alpha 3": (20, 40),
+    "all in alpha 7": (60, 70),
+}
 
 
 @torch.no_grad()
@@ -467,32 +581,51 @@ def test_branches_on_both_sides_of_seq_length(lengths, pads):
     ids, labels = packed(prefix, branches)
     images = pictures(1)
     mask = torch.tensor([[False] * pads + [True] * len(ids)])
-    found = model(torch.tensor([[0] * pads + ids]), images, mask if pads else None,
-                  torch.tensor([[0] * pads + labels]))[0, pads:]
+    found = model(
+        torch.tensor([[0] * pads + ids]),
+        images,
+        mask if pads else None,
+        torch.tensor([[0] * pads + labels]),
+    )[0, pads:]
     expected = separate_logits(model, prefix, branches, images, pads)
     assert gap(found, expected) < 3e-5
-    assert gap(found, model.train()(torch.tensor([ids]), images, branch=torch.tensor([labels]))[0]) > 1e-2
-    alone = referred(model, raw, torch.tensor([[0] * pads + prefix + branches[-1]]), images,
-                     mask[:, :pads + len(prefix) + lengths[-1]])["logits"][0, -lengths[-1]:]
-    assert gap(found[-lengths[-1]:], alone) < 1e-4
+    assert (
+        gap(found, model.train()(torch.tensor([ids]), images, branch=torch.tensor([labels]))[0])
+        > 1e-2
+    )
+    alone = referred(
+        model,
+        raw,
+        torch.tensor([[0] * pads + prefix + branches[-1]]),
+        images,
+        mask[:, : pads + len(prefix) + lengths[-1]],
+    )["logits"][0, -lengths[-1] :]
+    assert gap(found[-lengths[-1] :], alone) < 1e-4
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("left, padding_branch", [(True, 0), (False, 0), (False, 2)],
-                         ids=["left", "right", "right, in a branch"])
-@pytest.mark.parametrize("switches", [{}, {"ntk": False}, {"logn": False}], ids=["both", "no-ntk", "no-logn"])
+@pytest.mark.parametrize(
+    "left, padding_branch",
+    [(True, 0), (False, 0), (False, 2)],
+    ids=["left", "right", "right, in a branch"],
+)
+@pytest.mark.parametrize(
+    "switches", [{}, {"ntk": False}, {"logn": False}], ids=["both", "no-ntk", "no-logn"]
+)
 def test_rows_on_both_sides_of_seq_length(left, padding_branch, switches):
     """A batch of a short row, a row across 32 and a row beyond it; and positions picked from it."""
     model, _ = tiny(seed=8, seq_length=32, **switches)
-    rows = [([*span(), *text(2)], [text(3, 1), text(4, 2)]),
-            ([*span(), *text(12)], [text(3, 3), text(30, 4)]),
-            ([*span(), *text(28)], [text(8, 5), text(2, 6), text(40, 7)])]
+    rows = [
+        ([*span(), *text(2)], [text(3, 1), text(4, 2)]),
+        ([*span(), *text(12)], [text(3, 3), text(30, 4)]),
+        ([*span(), *text(28)], [text(8, 5), text(2, 6), text(40, 7)]),
+    ]
     images = pictures(3)
     ids, mask, branch = pack_rows(rows, left, padding_branch)
     found = model(ids, images, mask, branch)
     for row, (prefix, branches) in enumerate(rows):
         pads = int((~mask[row]).sum()) if left else 0
-        expected = separate_logits(model, prefix, branches, images[row:row + 1], pads)
+        expected = separate_logits(model, prefix, branches, images[row : row + 1], pads)
         assert gap(found[row][mask[row]], expected) < 1e-5
     ends = mask & (branch != branch.roll(-1, 1))
     assert gap(model(ids, images, mask, branch, positions=ends), found[ends]) < 1e-5
@@ -501,11 +634,18 @@ def test_rows_on_both_sides_of_seq_length(left, padding_branch, switches):
 def test_gradients_across_seq_length():
     """Eval mode: the gradients of branches with different alphas are those of the separate sequences."""
     model, _ = tiny(seed=10, seq_length=32)
-    prefix, branches, images = [*span(), *text(10)], [text(6, 1), text(30, 2), text(60, 3)], pictures(1)
+    prefix, branches, images = (
+        [*span(), *text(10)],
+        [text(6, 1), text(30, 2), text(60, 3)],
+        pictures(1),
+    )
     ids, labels = packed(prefix, branches)
     logits = model(torch.tensor([ids]), images, branch=torch.tensor([labels]))[0]
     expected_logits = separate_logits(model, prefix, branches, images)
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5)) / logits.numel() ** 0.5
+    weights = (
+        torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))
+        / logits.numel() ** 0.5
+    )
     found = gradients(model, (logits * weights).sum())
     assert_same_gradients(found, gradients(model, (expected_logits * weights).sum()))
 
@@ -530,7 +670,10 @@ def test_positions_pick_from_the_full_logits():
     chosen = mask & (torch.arange(12) > 8)
     assert gap(model(ids, images, mask, positions=chosen), full[chosen]) < 1e-5
     assert gap(model(ids, images, mask, positions=torch.tensor([11])), full[:, 11:]) < 1e-5
-    assert gap(model(ids, images, mask, positions=torch.tensor([10, 7, 11])), full[:, [10, 7, 11]]) < 1e-5
+    assert (
+        gap(model(ids, images, mask, positions=torch.tensor([10, 7, 11])), full[:, [10, 7, 11]])
+        < 1e-5
+    )
     own = torch.tensor([[6, 11], [10, 9]])
     expected = torch.stack([full[0, [6, 11]], full[1, [10, 9]]])
     assert gap(model(ids, images, mask, positions=own), expected) < 1e-5
@@ -550,8 +693,13 @@ def test_checkpointing_changes_no_gradient(seq_length):
     for checkpointing in (False, True):
         model.checkpointing = checkpointing
         runs = []
-        hooks = [block.register_forward_pre_hook(lambda block, _, runs=runs: runs.append(block)) for block in blocks]
-        loss = shifted_loss(model(ids, torch.cat(images), mask, branch), ids.masked_fill(~mask, -100))
+        hooks = [
+            block.register_forward_pre_hook(lambda block, _, runs=runs: runs.append(block))
+            for block in blocks
+        ]
+        loss = shifted_loss(
+            model(ids, torch.cat(images), mask, branch), ids.masked_fill(~mask, -100)
+        )
         once = len(runs)
         results.append((loss.item(), gradients(model, loss)))
         assert len(runs) == (2 * once if checkpointing else once)
@@ -569,9 +717,15 @@ def test_padding_gives_no_nan(seq_length, branched):
     """Not even a row of nothing but padding, which changes nothing for the others; forward and backward."""
     model, _ = tiny(seed=14, seq_length=seq_length)
     ids, mask = pad_rows([[*span(), *text(14)], text(5, 1), []])
-    branch = (torch.arange(20) >= 16).long().expand(3, -1) + (torch.arange(20) >= 18) if branched else None
+    branch = (
+        (torch.arange(20) >= 16).long().expand(3, -1) + (torch.arange(20) >= 18)
+        if branched
+        else None
+    )
     images = pictures(1)
-    assert layout(20, mask, branch)[1].any(-1).all(), "a query that sees nothing is NaN in some attention kernels"
+    assert layout(20, mask, branch)[1].any(-1).all(), (
+        "a query that sees nothing is NaN in some attention kernels"
+    )
     logits = model(ids, images, mask, branch)
     assert logits.isfinite().all()
     fewer = model(ids[:2], images, mask[:2], branch[:2] if branched else None)
@@ -588,7 +742,9 @@ def test_contents_of_padding_do_not_matter():
         ids, mask = pad_rows(rows, left)
         other, _ = pad_rows(rows, left, fill=77)
         assert model(other, images, mask)[mask].equal(model(ids, images, mask)[mask])
-        plain = torch.cat([model(torch.tensor([row]), images[k:k + 1])[0] for k, row in enumerate(rows)])
+        plain = torch.cat(
+            [model(torch.tensor([row]), images[k : k + 1])[0] for k, row in enumerate(rows)]
+        )
         assert gap(model(ids, images, mask)[mask], plain) < 1e-5
 
 
@@ -601,7 +757,9 @@ def test_bf16_is_close(seq_length):
     model.bfloat16()
     logits = model(ids, images, mask)
     assert logits.dtype == torch.bfloat16
-    expected = referred(model, raw, ids, images, mask)["logits"][mask]       # of the same rounded weights
+    expected = referred(model, raw, ids, images, mask)["logits"][
+        mask
+    ]  # of the same rounded weights
     error = (logits[mask].double() - expected).square().mean().sqrt() / expected.std()
     assert error < 0.03
     branch = (torch.arange(26) >= 20).long().expand(2, -1)
@@ -619,8 +777,10 @@ def test_rms_norm_casts_before_it_scales():
     normed = x.float() / (x.float().square().mean(-1, keepdim=True) + 1e-6).sqrt()
     expected = normed.bfloat16() * weight
     assert norm(x).dtype == torch.bfloat16
-    assert (norm(x) == expected).float().mean() > 0.99          # sqrt and rsqrt may round apart, rarely
-    assert ((normed * weight.float()).bfloat16() == expected).float().mean() < 0.9, "the test must tell the two apart"
+    assert (norm(x) == expected).float().mean() > 0.99  # sqrt and rsqrt may round apart, rarely
+    assert ((normed * weight.float()).bfloat16() == expected).float().mean() < 0.9, (
+        "the test must tell the two apart"
+    )
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -637,15 +797,19 @@ def test_freezing_and_no_grad_change_no_bit(training):
 
 
 # ---------------------------------------------------------------- errors
-@pytest.mark.parametrize("ids, n_images, expected_message", [
-    ([*span(), 5], 0, "1 image spans, but 0 images"),
-    ([*span(), 5], 2, "1 image spans, but 2 images"),
-    ([5, 6, 7], 1, "0 image spans, but 1 images"),
-    ([IMG, PAD, PAD, PAD, PAD, 5, 6], 1, "<img>, 4 slots and </img>"),
-    ([IMG, PAD, PAD, PAD, END, 5, 6], 1, "<img>, 4 slots and </img>"),
-    ([5, IMG, PAD, PAD, PAD, PAD], 1, "<img>, 4 slots and </img>"),
-    ([*span(), 5, IMG], 2, "<img>, 4 slots and </img>")],
-    ids=["no images", "too many", "no span", "no end", "short span", "cut off", "second cut off"])
+@pytest.mark.parametrize(
+    "ids, n_images, expected_message",
+    [
+        ([*span(), 5], 0, "1 image spans, but 0 images"),
+        ([*span(), 5], 2, "1 image spans, but 2 images"),
+        ([5, 6, 7], 1, "0 image spans, but 1 images"),
+        ([IMG, PAD, PAD, PAD, PAD, 5, 6], 1, "<img>, 4 slots and </img>"),
+        ([IMG, PAD, PAD, PAD, END, 5, 6], 1, "<img>, 4 slots and </img>"),
+        ([5, IMG, PAD, PAD, PAD, PAD], 1, "<img>, 4 slots and </img>"),
+        ([*span(), 5, IMG], 2, "<img>, 4 slots and </img>"),
+    ],
+    ids=["no images", "too many", "no span", "no end", "short span", "cut off", "second cut off"],
+)
 def test_wrong_image_spans_are_told(ids, n_images, expected_message):
     model, _ = tiny(vision_layers=1, layers=1)
     with pytest.raises(ValueError, match=expected_message) as error:
@@ -653,23 +817,57 @@ def test_wrong_image_spans_are_told(ids, n_images, expected_message):
     assert "\n" not in str(error.value)
 
 
-RELEASED = {    # as the released model's config.json has it
-    "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "attn_dropout_prob": 0.0, "bf16": False,
-    "emb_dropout_prob": 0.0, "fp16": False, "fp32": False, "hidden_size": 4096, "initializer_range": 0.02,
-    "intermediate_size": 22016, "kv_channels": 128, "layer_norm_epsilon": 1e-06, "max_position_embeddings": 8192,
-    "no_bias": True, "num_attention_heads": 32, "num_hidden_layers": 32, "onnx_safe": None, "rotary_emb_base": 10000,
-    "rotary_pct": 1.0, "scale_attn_weights": True, "seq_length": 2048, "tie_word_embeddings": False,
-    "tokenizer_type": "QWenTokenizer", "torch_dtype": "bfloat16", "use_cache": True, "use_dynamic_ntk": True,
-    "use_flash_attn": False, "use_logn_attn": True, "vocab_size": 151936,
-    "visual": {"heads": 16, "image_size": 448, "image_start_id": 151857, "layers": 48, "mlp_ratio": 4.9231,
-               "output_dim": 4096, "patch_size": 14, "width": 1664}}
+RELEASED = {  # as the released model's config.json has it
+    "architectures": ["QWenLMHeadModel"],
+    "model_type": "qwen",
+    "attn_dropout_prob": 0.0,
+    "bf16": False,
+    "emb_dropout_prob": 0.0,
+    "fp16": False,
+    "fp32": False,
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 22016,
+    "kv_channels": 128,
+    "layer_norm_epsilon": 1e-06,
+    "max_position_embeddings": 8192,
+    "no_bias": True,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "onnx_safe": None,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "scale_attn_weights": True,
+    "seq_length": 2048,
+    "tie_word_embeddings": False,
+    "tokenizer_type": "QWenTokenizer",
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_dynamic_ntk": True,
+    "use_flash_attn": False,
+    "use_logn_attn": True,
+    "vocab_size": 151936,
+    "visual": {
+        "heads": 16,
+        "image_size": 448,
+        "image_start_id": 151857,
+        "layers": 48,
+        "mlp_ratio": 4.9231,
+        "output_dim": 4096,
+        "patch_size": 14,
+        "width": 1664,
+    },
+}
 
 
 def test_released_config_is_the_default(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(RELEASED))
     config = Config.from_json(tmp_path / "config.json")
     assert config == Config()
-    assert (config.visual.n_queries, int(config.visual.width * config.visual.mlp_ratio)) == (256, 8192)
+    assert (config.visual.n_queries, int(config.visual.width * config.visual.mlp_ratio)) == (
+        256,
+        8192,
+    )
 
 
 def changed(visual=None, **keys):
@@ -677,9 +875,21 @@ def changed(visual=None, **keys):
 
 
 REFUSALS = {
-    "Qwen2-VL": (json.dumps({"architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl",
-                             "hidden_size": 1536, "vision_config": {"depth": 32}}), "Qwen2VLForConditionalGeneration"),
-    "text-only qwen": (json.dumps({k: v for k, v in RELEASED.items() if k != "visual"}), "without a vision tower"),
+    "Qwen2-VL": (
+        json.dumps(
+            {
+                "architectures": ["Qwen2VLForConditionalGeneration"],
+                "model_type": "qwen2_vl",
+                "hidden_size": 1536,
+                "vision_config": {"depth": 32},
+            }
+        ),
+        "Qwen2VLForConditionalGeneration",
+    ),
+    "text-only qwen": (
+        json.dumps({k: v for k, v in RELEASED.items() if k != "visual"}),
+        "without a vision tower",
+    ),
     "Int4": (changed(quantization_config={"bits": 4, "quant_method": "gptq"}), "Int4/GPTQ"),
     "not JSON": ("{'model_type': 'qwen'", "cannot be read"),
     "not UTF-8": (b"\xff\xfe{}", "cannot be read"),
@@ -691,7 +901,10 @@ REFUSALS = {
     "unscaled": (changed(scale_attn_weights=False), "scale_attn_weights"),
     "heads": (changed(num_attention_heads=31), "kv_channels × num_attention_heads"),
     "output_dim": (changed({"output_dim": 2048}), "output_dim must equal hidden_size"),
-    "output_dim 64": (changed({"output_dim": 64}, hidden_size=64, num_attention_heads=1, kv_channels=64), "128"),
+    "output_dim 64": (
+        changed({"output_dim": 64}, hidden_size=64, num_attention_heads=1, kv_channels=64),
+        "128",
+    ),
     "vision heads": (changed({"heads": 15}), "visual.width must be a multiple"),
     "patches": (changed({"image_size": 450}), "patch_size must divide"),
 }
@@ -729,6 +942,10 @@ def test_arguments_of_senseless_shape_are_told():
     with pytest.raises(ValueError, match="L ≥ 1"):
         model(ids[:, :0])
     spans = torch.tensor([[IMG, *[PAD] * 4, END, 5]])
-    for images in (torch.zeros(1, 3, 56, 42), torch.zeros(1, 3, 60, 60), torch.zeros(1, 3, 56, 56).byte()):
+    for images in (
+        torch.zeros(1, 3, 56, 42),
+        torch.zeros(1, 3, 60, 60),
+        torch.zeros(1, 3, 56, 56).byte(),
+    ):
         with pytest.raises(ValueError, match="images must be"):
             model(spans, images)

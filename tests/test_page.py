@@ -1,4 +1,5 @@
 """page.py: what stands on the page of a record, and that nothing in the record becomes anything else than text."""
+
 import base64
 import io
 import re
@@ -21,14 +22,32 @@ def picture(path, width=40, height=30, **how):
 
 
 def fact(text, p_yes=0.75, kept=True, votes=2, group=None, **more):
-    return {"text": text, "question": f"Does the image show {text}?", "about": text.split()[0], "group": group,
-            "votes": votes, "p_yes": p_yes, "kept": kept, **more}
+    return {
+        "text": text,
+        "question": f"Does the image show {text}?",
+        "about": text.split()[0],
+        "group": group,
+        "votes": votes,
+        "p_yes": p_yes,
+        "kept": kept,
+        **more,
+    }
 
 
 def record_row(image, **more):
-    samples = [{"caption": " red ring, blue cross", "finish": "eos"}, {"caption": " ", "finish": "length"}]
-    return {"image": image, "chosen": "red ring", "rejected": samples[:1], "samples": samples, "combined": "red ring, blue cross",
-            "statements": [fact("red ring"), fact("blue cross", 0.25, False, 1)], **more}
+    samples = [
+        {"caption": " red ring, blue cross", "finish": "eos"},
+        {"caption": " ", "finish": "length"},
+    ]
+    return {
+        "image": image,
+        "chosen": "red ring",
+        "rejected": samples[:1],
+        "samples": samples,
+        "combined": "red ring, blue cross",
+        "statements": [fact("red ring"), fact("blue cross", 0.25, False, 1)],
+        **more,
+    }
 
 
 class Read(HTMLParser):
@@ -54,8 +73,11 @@ class Read(HTMLParser):
             self.open[-1][2] += data
 
     def all(self, tag, *classes):
-        return [(attributes, text) for name, attributes, text in self.elements
-                if name == tag and set(classes) <= set(attributes.get("class", "").split())]
+        return [
+            (attributes, text)
+            for name, attributes, text in self.elements
+            if name == tag and set(classes) <= set(attributes.get("class", "").split())
+        ]
 
 
 def written(folder, rows, threshold=0.5, seed=0):
@@ -73,14 +95,25 @@ def image_in(tag):
 
 
 # ---------------------------------------------------------------- thumbnails
-@pytest.mark.parametrize("size, expected_kind, expected_size", [
-    ((40, 30), "png", (40, 30)), ((128, 1), "png", (128, 1)), ((129, 20), "jpeg", (129, 20)), ((320, 320), "jpeg", (320, 320)),
-    ((1280, 640), "jpeg", (320, 160)), ((300, 900), "jpeg", (107, 320)), ((4000, 3), "jpeg", (320, 1))])
-def test_a_thumbnail_is_small_and_of_the_kind_that_suits_it(tmp_path, size, expected_kind, expected_size):
+@pytest.mark.parametrize(
+    "size, expected_kind, expected_size",
+    [
+        ((40, 30), "png", (40, 30)),
+        ((128, 1), "png", (128, 1)),
+        ((129, 20), "jpeg", (129, 20)),
+        ((320, 320), "jpeg", (320, 320)),
+        ((1280, 640), "jpeg", (320, 160)),
+        ((300, 900), "jpeg", (107, 320)),
+        ((4000, 3), "jpeg", (320, 1)),
+    ],
+)
+def test_a_thumbnail_is_small_and_of_the_kind_that_suits_it(
+    tmp_path, size, expected_kind, expected_size
+):
     tag = page.thumbnail(picture(tmp_path / "a.png", *size))
     kind, image = image_in(tag)
     assert (kind, image.size) == (expected_kind, expected_size)
-    assert ("class=small" in tag) == (expected_kind == "png")           # shown with its pixels
+    assert ("class=small" in tag) == (expected_kind == "png")  # shown with its pixels
     if size == (40, 30):
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(tmp_path / "a.png")))
 
@@ -88,7 +121,7 @@ def test_a_thumbnail_is_small_and_of_the_kind_that_suits_it(tmp_path, size, expe
 def test_a_thumbnail_is_what_the_model_sees(tmp_path):
     """Upright by its EXIF, alpha over white."""
     exif = Image.Exif()
-    exif[0x0112] = 6                                                    # turn right
+    exif[0x0112] = 6  # turn right
     picture(tmp_path / "turned.png", 60, 20, exif=exif)
     assert image_in(page.thumbnail(tmp_path / "turned.png"))[1].size == (20, 60)
     Image.new("RGBA", (8, 8), (200, 0, 0, 0)).save(tmp_path / "clear.png")
@@ -99,8 +132,11 @@ def test_a_thumbnail_is_what_the_model_sees(tmp_path):
 
 def test_a_broken_image_is_a_line_with_the_reason(tmp_path):
     (tmp_path / "<b>text.png").write_text("text")
-    for name, expected in (("<b>text.png", "cannot be read"), ("gone & away.png", "no such image file")):
-        (attributes, text), = Read(page.thumbnail(tmp_path / name)).all("p")
+    for name, expected in (
+        ("<b>text.png", "cannot be read"),
+        ("gone & away.png", "no such image file"),
+    ):
+        ((attributes, text),) = Read(page.thumbnail(tmp_path / name)).all("p")
         assert attributes == {"class": "reason"} and expected in text and name in text
 
 
@@ -108,12 +144,14 @@ def test_a_broken_image_is_a_line_with_the_reason(tmp_path):
 @pytest.mark.parametrize("kept, expected", [(True, "s kept"), (False, "s refused")])
 def test_a_statement_has_its_verdict_as_class_and_its_numbers_as_data(kept, expected):
     found = page.statement(fact("red ring", 0.0625, kept, 3, "top 3"))
-    (attributes, text), = Read(found).all("span")
+    ((attributes, text),) = Read(found).all("span")
     assert text == "red ring"
     assert attributes["class"] == expected
     assert attributes["data-exact"] == "0.0625" and attributes["data-p"] == "0.06"
-    assert attributes["title"] == ("Does the image show red ring? P(yes) = 0.0625, in 3 of the samples, excludes others "
-                                   "of top 3")
+    assert attributes["title"] == (
+        "Does the image show red ring? P(yes) = 0.0625, in 3 of the samples, excludes others "
+        "of top 3"
+    )
     assert "excludes" not in page.statement(fact("red ring"))
 
 
@@ -131,7 +169,9 @@ def test_a_row_shows_samples_statements_and_golden_caption(tmp_path):
 
 def test_a_row_that_was_left_out_says_why(tmp_path):
     picture(tmp_path / "a.png")
-    row = record_row("a.png", chosen=None, rejected=[], statements=[], combined="", left_out="nothing <b>kept")
+    row = record_row(
+        "a.png", chosen=None, rejected=[], statements=[], combined="", left_out="nothing <b>kept"
+    )
     read = Read(page.article(row, tmp_path / "a.png"))
     assert [text for _, text in read.all("p", "reason")] == ["left out: nothing <b>kept"]
     assert [text for _, text in read.all("p", "golden")] == ["–"]
@@ -142,24 +182,56 @@ def test_an_error_row_says_its_error_in_place_of_all_else(tmp_path):
     picture(tmp_path / "a.png")
     read = Read(page.article({"image": "a.png", "error": f"combine: {NASTY}"}, tmp_path / "a.png"))
     assert [text for _, text in read.all("p", "reason")] == [f"combine: {NASTY}"]
-    assert [text for _, text in read.all("h2")] == ["a.png"] and not read.all("h3") and len(read.all("img")) == 1
+    assert (
+        [text for _, text in read.all("h2")] == ["a.png"]
+        and not read.all("h3")
+        and len(read.all("img")) == 1
+    )
 
 
 def test_nothing_in_a_row_becomes_anything_but_text(tmp_path):
     names = ["<script>alert(1)<script>.png", "a\"b' & <b>.png", "new\nline.png", "\udcff.png"]
     nasty = {**fact(NASTY, group=NASTY), "question": NASTY + '" onclick="z'}
     samples = [{"caption": NASTY, "finish": "<i>"}, {"caption": "]]> --> <!--", "finish": None}]
-    rows = [record_row(name, chosen=NASTY, samples=samples, statements=[nasty], left_out=NASTY) for name in names]
+    rows = [
+        record_row(name, chosen=NASTY, samples=samples, statements=[nasty], left_out=NASTY)
+        for name in names
+    ]
     for name in names:
         picture(tmp_path / name)
     text = written(tmp_path, [*rows, {"image": names[0], "error": NASTY}])
     read = Read(text)
     assert len(read.all("script")) == 1 and "alert" not in read.all("script")[0][1]
-    allowed = {"html", "meta", "title", "style", "header", "h1", "span", "b", "br", "label", "input", "article", "div", "img",
-               "h2", "h3", "ol", "li", "small", "p", "script"}
-    assert {tag for tag, _, _ in read.elements} <= allowed and len(read.all("b")) == 1      # the page's own one
+    allowed = {
+        "html",
+        "meta",
+        "title",
+        "style",
+        "header",
+        "h1",
+        "span",
+        "b",
+        "br",
+        "label",
+        "input",
+        "article",
+        "div",
+        "img",
+        "h2",
+        "h3",
+        "ol",
+        "li",
+        "small",
+        "p",
+        "script",
+    }
+    assert {tag for tag, _, _ in read.elements} <= allowed and len(
+        read.all("b")
+    ) == 1  # the page's own one
     assert not any(key.startswith("on") for _, attributes, _ in read.elements for key in attributes)
-    assert [found for _, found in read.all("span", "s")][2:] == [NASTY] * 4                 # after those of the header
+    assert [found for _, found in read.all("span", "s")][2:] == [
+        NASTY
+    ] * 4  # after those of the header
     assert [found for _, found in read.all("p", "golden")] == [NASTY] * 4
     assert sorted(found for _, found in read.all("h2")) == sorted([*names[:3], "?.png", names[0]])
     assert len(read.all("img")) == 5

@@ -1,4 +1,5 @@
 """toy_plots.py: a picture of each claim that has one, also where an arm lacks a figure."""
+
 import json
 
 import pytest
@@ -11,7 +12,10 @@ RESULTS = json.loads((CODE / "results/claims.json").read_text("utf-8"))
 
 
 def test_every_claim_with_a_plot_gets_a_picture(tmp_path):
-    assert toy_plots.main(["--out", str(tmp_path), "--results", str(CODE / "results/claims.json")]) == 0
+    assert (
+        toy_plots.main(["--out", str(tmp_path), "--results", str(CODE / "results/claims.json")])
+        == 0
+    )
     expected = {f"{name}.png" for name in toy_plots.PLOTS if name in RESULTS}
     assert {path.name for path in tmp_path.iterdir()} == expected
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in tmp_path.iterdir())
@@ -25,7 +29,10 @@ def test_an_arm_without_a_figure_is_left_out(tmp_path):
     for figures in found["temperature"]["seeds"].values():
         figures["temperature 1"]["false share"] = None
     (tmp_path / "some.json").write_text(json.dumps(found))
-    assert toy_plots.main(["--out", str(tmp_path / "plots"), "--results", str(tmp_path / "some.json")]) == 0
+    assert (
+        toy_plots.main(["--out", str(tmp_path / "plots"), "--results", str(tmp_path / "some.json")])
+        == 0
+    )
     assert len(list((tmp_path / "plots").iterdir())) == 2
 
 
@@ -36,4 +43,8 @@ def test_results_that_cannot_be_read_are_one_line(tmp_path, capsys, text):
         path.write_text(text)
     assert toy_plots.main(["--results", str(path), "--out", str(tmp_path / "plots")]) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"toy_plots.py: {path}: ") and error.count("\n") == 1 and not (tmp_path / "plots").exists()
+    assert (
+        error.startswith(f"toy_plots.py: {path}: ")
+        and error.count("\n") == 1
+        and not (tmp_path / "plots").exists()
+    )

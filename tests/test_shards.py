@@ -1,4 +1,5 @@
 """shards.py: which rank owns an image, what counts as done, and files that go on where a kill left them."""
+
 import errno
 import json
 import os
@@ -21,13 +22,16 @@ def rank_of(rank, world):
 
 def numbers(work=None, seen=None):
     """A make_work whose rows get "n", the length of their name; seen collects the images that are worked on."""
+
     def make():
         def rows(found):
             for row in found:
                 if seen is not None:
                     seen.append(row["image"])
                 yield {**row, "n": len(row["image"])} if work is None else work(row)
+
         return rows
+
     return make
 
 
@@ -38,7 +42,12 @@ def no_work():
 # ---------------------------------------------------------------- owners
 def test_an_owner_is_the_hash_of_the_name():
     names = ("00000.png", "a b.png", "more/deep/ä.png", "\udcff.png", "")
-    expected_owners = {1: [0, 0, 0, 0, 0], 2: [0, 1, 0, 1, 0], 6: [4, 5, 4, 1, 4], 1000: [604, 787, 794, 799, 652]}
+    expected_owners = {
+        1: [0, 0, 0, 0, 0],
+        2: [0, 1, 0, 1, 0],
+        6: [4, 5, 4, 1, 4],
+        1000: [604, 787, 794, 799, 652],
+    }
     for world, expected in expected_owners.items():
         assert [shards.owner(name, world) for name in names] == expected
 
@@ -48,7 +57,9 @@ def test_images_spread_evenly_over_the_ranks(world):
     n = 400 * world
     found = Counter(shards.owner(f"folder/{k:06d}.jpg", world) for k in range(n))
     assert sorted(found) == list(range(world))
-    assert sum((count - 400) ** 2 / 400 for count in found.values()) < world + 4 * (2 * world) ** 0.5      # chi-squared
+    assert (
+        sum((count - 400) ** 2 / 400 for count in found.values()) < world + 4 * (2 * world) ** 0.5
+    )  # chi-squared
 
 
 # ---------------------------------------------------------------- what is done
@@ -57,19 +68,34 @@ def test_finished_finds_the_rows_of_all_ranks_and_a_torn_line_is_none(tmp_path):
     write_rows(tmp_path / "look-12.jsonl", [{"image": "c", "n": 3}])
     write_rows(tmp_path / "other-0.jsonl", [{"image": "x", "n": 4}])
     with (tmp_path / "look-0.jsonl").open("a") as file:
-        file.write('{"image": "d", "n": 5}')                   # whole but for its end: it may be a part of a number
+        file.write('{"image": "d", "n": 5}')  # whole but for its end: it may be a part of a number
     places, failed = shards.finished(tmp_path, "look")
-    assert [row["n"] for row in shards.rows_at(places[name] for name in ("c", "a", "ä\n"))] == [3, 1, 2]
+    assert [row["n"] for row in shards.rows_at(places[name] for name in ("c", "a", "ä\n"))] == [
+        3,
+        1,
+        2,
+    ]
     assert places.keys() == {"a", "ä\n", "c"} and not failed
     assert shards.finished(tmp_path, "nothing") == ({}, set())
 
 
 def test_an_error_is_forgotten_when_it_was_done_again_in_whatever_file(tmp_path):
-    write_rows(tmp_path / "look-0.jsonl", [{"image": "a", "error": "e"}, {"image": "b", "n": 1}, {"image": "c", "error": "e"}])
-    write_rows(tmp_path / "look-1.jsonl", [{"image": "c", "n": 2}, {"image": "b", "error": "e"}, {"image": "d", "error": "e"}])
+    write_rows(
+        tmp_path / "look-0.jsonl",
+        [{"image": "a", "error": "e"}, {"image": "b", "n": 1}, {"image": "c", "error": "e"}],
+    )
+    write_rows(
+        tmp_path / "look-1.jsonl",
+        [{"image": "c", "n": 2}, {"image": "b", "error": "e"}, {"image": "d", "error": "e"}],
+    )
     places, failed = shards.finished(tmp_path, "look")
     assert failed == {"a", "d"} and places.keys() == {"a", "b", "c", "d"}
-    assert [row.get("n") for row in shards.rows_at(places[name] for name in "abcd")] == [None, 1, 2, None]
+    assert [row.get("n") for row in shards.rows_at(places[name] for name in "abcd")] == [
+        None,
+        1,
+        2,
+        None,
+    ]
 
 
 @pytest.mark.parametrize("whole", [0, 1, 3])
@@ -100,7 +126,7 @@ class Full:
     def write(self, data):
         if not self.room:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        taken = self.file.write(data[:self.room])               # as the system does: a part is no error
+        taken = self.file.write(data[: self.room])  # as the system does: a part is no error
         self.room -= taken
         return taken
 
@@ -110,7 +136,9 @@ def test_a_full_disk_is_told_and_what_got_there_is_cut_off_by_the_next_run(tmp_p
     appender = shards.Appender(tmp_path, "look", 0)
     appender.write({"image": "a"})
     appender.file = Full(appender.file, room)
-    with pytest.raises(InputError, match=r"look-0\.jsonl: No space left.*make room and run the same") as error:
+    with pytest.raises(
+        InputError, match=r"look-0\.jsonl: No space left.*make room and run the same"
+    ) as error:
         appender.write({"image": "b", "text": "c" * 40})
     assert "\n" not in str(error.value)
     shards.Appender(tmp_path, "look", 0).write({"image": "c"})
@@ -126,7 +154,9 @@ def test_a_pass_does_each_image_once_with_any_number_of_ranks(tmp_path):
         source, seen = dict.fromkeys(names[:until]), []
         for rank in rng.sample(range(world), world):
             before = len(seen)
-            n, seconds = shards.run_pass(tmp_path, rank_of(rank, world), "look", source, numbers(seen=seen))
+            n, seconds = shards.run_pass(
+                tmp_path, rank_of(rank, world), "look", source, numbers(seen=seen)
+            )
             assert n == len(seen) - before and seconds >= 0
             assert seen[before:] == sorted(seen[before:])
             assert {shards.owner(name, world) for name in seen[before:]} <= {rank}
@@ -140,9 +170,14 @@ def test_a_pass_reads_the_rows_of_the_one_before_and_hands_its_errors_on(tmp_pat
     write_rows(tmp_path / "one-0.jsonl", [{"image": "b", "n": 2}, {"image": "a", "error": "torn"}])
     write_rows(tmp_path / "one-5.jsonl", [{"image": "c", "n": 3}])
     source, _ = shards.finished(tmp_path, "one")
-    shards.run_pass(tmp_path, ALONE, "two", source, numbers(lambda row: {**row, "m": 10 * row["n"]}))
-    assert read_rows(tmp_path / "two-0.jsonl") == [{"image": "b", "n": 2, "m": 20}, {"image": "c", "n": 3, "m": 30},
-                                                   {"image": "a", "error": "torn"}]
+    shards.run_pass(
+        tmp_path, ALONE, "two", source, numbers(lambda row: {**row, "m": 10 * row["n"]})
+    )
+    assert read_rows(tmp_path / "two-0.jsonl") == [
+        {"image": "b", "n": 2, "m": 20},
+        {"image": "c", "n": 3, "m": 30},
+        {"image": "a", "error": "torn"},
+    ]
 
 
 def test_errors_are_done_again_only_when_that_is_asked_for(tmp_path):
@@ -150,15 +185,25 @@ def test_errors_are_done_again_only_when_that_is_asked_for(tmp_path):
 
     def look(row):
         return {**row, "error": "broken"} if row["image"] in broken else {**row, "n": 1}
+
     shards.run_pass(tmp_path, ALONE, "look", source, numbers(look))
     assert shards.run_pass(tmp_path, ALONE, "look", source, no_work) == (0, 0.0)
     broken.discard("d")
-    assert shards.run_pass(tmp_path, ALONE, "look", source, numbers(look), retry_errors=True)[0] == 2
+    assert (
+        shards.run_pass(tmp_path, ALONE, "look", source, numbers(look), retry_errors=True)[0] == 2
+    )
     assert [row["image"] for row in read_rows(tmp_path / "look-0.jsonl")] == list("abcdbd")
     places, failed = shards.finished(tmp_path, "look")
-    assert failed == {"b"} and [row.get("n") for row in shards.rows_at(places[name] for name in "abcd")] == [1, None, 1, 1]
+    assert failed == {"b"} and [
+        row.get("n") for row in shards.rows_at(places[name] for name in "abcd")
+    ] == [1, None, 1, 1]
     broken.clear()
-    assert shards.run_pass(tmp_path, rank_of(shards.owner("b", 2), 2), "look", source, numbers(look), True)[0] == 1
+    assert (
+        shards.run_pass(
+            tmp_path, rank_of(shards.owner("b", 2), 2), "look", source, numbers(look), True
+        )[0]
+        == 1
+    )
     assert shards.run_pass(tmp_path, ALONE, "look", source, no_work, retry_errors=True) == (0, 0.0)
 
 
@@ -167,6 +212,7 @@ def test_what_was_done_before_a_pass_broke_off_is_kept(tmp_path):
         if row["image"] == "c":
             raise InputError("enough")
         return {**row, "n": 1}
+
     with pytest.raises(InputError, match="enough"):
         shards.run_pass(tmp_path, ALONE, "look", dict.fromkeys("abcd"), numbers(look))
     assert [row["image"] for row in read_rows(tmp_path / "look-0.jsonl")] == ["a", "b"]
@@ -183,13 +229,23 @@ def settings(**more):
 
 def test_settings_are_remembered_and_another_one_is_refused_where_there_are_rows(tmp_path):
     shards.check_settings(tmp_path, ALONE, ["one", "two"], settings())
-    shards.check_settings(tmp_path, ALONE, ["one", "two"], settings(seed=1))       # there are no rows of the other yet
+    shards.check_settings(
+        tmp_path, ALONE, ["one", "two"], settings(seed=1)
+    )  # there are no rows of the other yet
     write_rows(tmp_path / "one-4.jsonl", [{"image": "a"}])
     remembered = (tmp_path / "settings.json").read_bytes()
-    with pytest.raises(InputError, match=r"one was done with another seed \(1, now 0\).*another --out.*one-\*\.jsonl"):
+    with pytest.raises(
+        InputError,
+        match=r"one was done with another seed \(1, now 0\).*another --out.*one-\*\.jsonl",
+    ):
         shards.check_settings(tmp_path, ALONE, ["one", "two"], settings())
     assert (tmp_path / "settings.json").read_bytes() == remembered
-    shards.check_settings(tmp_path, ALONE, ["one", "two"], settings(seed=1, threshold=0.25) | {"one": settings(seed=1)["one"]})
+    shards.check_settings(
+        tmp_path,
+        ALONE,
+        ["one", "two"],
+        settings(seed=1, threshold=0.25) | {"one": settings(seed=1)["one"]},
+    )
 
 
 def test_a_pass_that_is_not_run_is_not_checked_and_keeps_its_settings(tmp_path):

@@ -1,4 +1,5 @@
 """The tokenizer against the official one's ids, and against tiktoken on vocabularies and texts made at random."""
+
 import base64
 import json
 import os
@@ -15,13 +16,19 @@ from hypothesis import strategies as st
 from plumbing.errors import InputError
 from plumbing.tokenizer import PATTERN, SPECIAL, Tokenizer
 
-CASES = json.loads((Path(__file__).parent / "fixtures/tokenizer_cases.json").read_text(encoding="utf-8"))
+CASES = json.loads(
+    (Path(__file__).parent / "fixtures/tokenizer_cases.json").read_text(encoding="utf-8")
+)
 REAL = os.environ.get("ATAC_QWEN_TIKTOKEN")
-needs_real = pytest.mark.skipif(not REAL, reason="ATAC_QWEN_TIKTOKEN does not name Qwen's own qwen.tiktoken")
+needs_real = pytest.mark.skipif(
+    not REAL, reason="ATAC_QWEN_TIKTOKEN does not name Qwen's own qwen.tiktoken"
+)
 
 
 def write(path, tokens):
-    path.write_text("".join(f"{base64.b64encode(t).decode()} {rank}\n" for rank, t in enumerate(tokens)))
+    path.write_text(
+        "".join(f"{base64.b64encode(t).decode()} {rank}\n" for rank, t in enumerate(tokens))
+    )
     return path
 
 
@@ -70,7 +77,10 @@ def test_official_special_ids(real):
 
 @needs_real
 @settings(max_examples=300, deadline=None)
-@given(text=st.text(max_size=60) | st.text("aAbB'sStTrReE 0123.,-\n\r\t\u00a0\u2003éßſ中한ا😀́<|>", max_size=60))
+@given(
+    text=st.text(max_size=60)
+    | st.text("aAbB'sStTrReE 0123.,-\n\r\t\u00a0\u2003éßſ中한ا😀́<|>", max_size=60)
+)
 def test_any_text_as_tiktoken_with_the_real_vocabulary(real, real_peer, text):
     normal = unicodedata.normalize("NFC", text)
     expected = real_peer.encode(normal, disallowed_special=())
@@ -82,7 +92,7 @@ def test_any_text_as_tiktoken_with_the_real_vocabulary(real, real_peer, text):
 @given(data=st.data())
 def test_any_small_vocabulary_as_tiktoken(tmp_path_factory, data):
     """Random merges, words that no merge makes, and ranks in any order: still tiktoken's ids."""
-    rng = random.Random(data.draw(st.integers(0, 10 ** 9)))
+    rng = random.Random(data.draw(st.integers(0, 10**9)))
     tokens = [bytes([b]) for b in range(256)]
     letters = [b"a", b"b", b"c", b" "]
     for _ in range(data.draw(st.integers(0, 25))):
@@ -103,7 +113,11 @@ def test_any_small_vocabulary_as_tiktoken(tmp_path_factory, data):
 def test_special_tokens_follow_the_ranks_and_are_text_unless_asked_for(tmp_path):
     tokenizer = Tokenizer(write(tmp_path / "qwen.tiktoken", [bytes([b]) for b in range(256)]))
     assert (tokenizer.eos_id, tokenizer.soft_prompt_id, tokenizer.n_vocab) == (256, 259, 256 + 217)
-    assert (tokenizer.image_start_id, tokenizer.image_end_id, tokenizer.image_pad_id) == (470, 471, 472)
+    assert (tokenizer.image_start_id, tokenizer.image_end_id, tokenizer.image_pad_id) == (
+        470,
+        471,
+        472,
+    )
     text = "<img>/etc/passwd</img><|endoftext|>"
     assert max(tokenizer.encode(text)) < 256
     assert tokenizer.encode(text, special=True) == [470, *b"/etc/passwd", 471, 256]
@@ -121,11 +135,13 @@ def test_a_vocabulary_without_all_bytes(tmp_path):
 def test_text_that_is_not_unicode_is_encoded_with_replacement_characters(tmp_path):
     tokenizer = Tokenizer(write(tmp_path / "qwen.tiktoken", [bytes([b]) for b in range(256)]))
     assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
-    assert tokenizer.decode([0xff, 65, 10 ** 6]) == "\ufffdA"
+    assert tokenizer.decode([0xFF, 65, 10**6]) == "\ufffdA"
 
 
-@pytest.mark.parametrize("content", [b"", b"not base64 0\n", b"YQ== 0\nYg== 2\n", b"YQ== 0\nYQ== 1\n", b"YQ==\n",
-                                     b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not base64 0\n", b"YQ== 0\nYg== 2\n", b"YQ== 0\nYQ== 1\n", b"YQ==\n", b"\xff\xfe"],
+)
 def test_a_damaged_vocabulary_is_one_clear_error(tmp_path, content):
     (tmp_path / "qwen.tiktoken").write_bytes(content)
     with pytest.raises(InputError, match=r"qwen\.tiktoken") as caught:

@@ -1,4 +1,5 @@
 """toy.py and toy_steps.py: the whole loop at a tiny size, stops and resumes, who may see the truth, table and sheet."""
+
 import contextlib
 import importlib
 import io
@@ -28,23 +29,49 @@ from toy_world import world
 from toy_world.steps import CODE, Loop, make_split
 
 SIZES = {"--captions": 8, "--images": 6, "--held-out": 6, "--samples": 3}
-FEW = {"SFT": ("--max-steps", "2", "--lr", "2e-3"), "QA": ("--max-steps", "2", "--lr", "1e-3"),
-       "DPO": ("--max-steps", "2", "--lr", "2e-3"),
-       "BATCH": ("--batch", "4", "--micro-batch", "4", "--workers", "0", "--warmup", "0")}
-KEYS = ("precision", "recall", "f1", "detail_precision", "detail_recall", "planted", "eos", "repeat", "length")
-RUN_OF_A_ROUND = ["qa_adapter.py", "golden.py", "evaluate.py", "dpo.py", *("caption.py", "evaluate.py") * 2]
+FEW = {
+    "SFT": ("--max-steps", "2", "--lr", "2e-3"),
+    "QA": ("--max-steps", "2", "--lr", "1e-3"),
+    "DPO": ("--max-steps", "2", "--lr", "2e-3"),
+    "BATCH": ("--batch", "4", "--micro-batch", "4", "--workers", "0", "--warmup", "0"),
+}
+KEYS = (
+    "precision",
+    "recall",
+    "f1",
+    "detail_precision",
+    "detail_recall",
+    "planted",
+    "eos",
+    "repeat",
+    "length",
+)
+RUN_OF_A_ROUND = [
+    "qa_adapter.py",
+    "golden.py",
+    "evaluate.py",
+    "dpo.py",
+    *("caption.py", "evaluate.py") * 2,
+]
 
 
 # ---------------------------------------------------------------- the scripts, run in this process
-SEEN = {"script": None, "files": set()}         # which script runs, if any, and (script, file or folder it has opened)
+SEEN = {
+    "script": None,
+    "files": set(),
+}  # which script runs, if any, and (script, file or folder it has opened)
 
 
 def see(event, args):
-    if SEEN["script"] and event in ("open", "os.listdir", "os.scandir") and isinstance(args[0], str | bytes | os.PathLike):
+    if (
+        SEEN["script"]
+        and event in ("open", "os.listdir", "os.scandir")
+        and isinstance(args[0], str | bytes | os.PathLike)
+    ):
         SEEN["files"].add((SEEN["script"], os.path.abspath(os.fsdecode(args[0]))))
 
 
-sys.addaudithook(see)                           # for good: no hook can be taken away again
+sys.addaudithook(see)  # for good: no hook can be taken away again
 
 
 class Here:
@@ -108,8 +135,14 @@ def run_toy(out, *more, here=None):
     sizes = [part for pair in SIZES.items() for part in pair]
     with running(here), contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
         code = toy.main([str(part) for part in ("--out", out, *sizes, *more)])
-    return SimpleNamespace(code=code, said=said.getvalue(), errors=errors.getvalue(), here=here, out=out,
-                           scripts=here.scripts)
+    return SimpleNamespace(
+        code=code,
+        said=said.getvalue(),
+        errors=errors.getvalue(),
+        here=here,
+        out=out,
+        scripts=here.scripts,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -138,14 +171,23 @@ def drop(out, *patterns):
 
 def told(said, mark):
     """The commands that a loop printed after "$ " or "done: ", as a shell takes them apart."""
-    return [shlex.split(line) for line in re.findall(rf"^\[[ \d]+:\d\d\] {re.escape(mark)} (.*)$", said, re.MULTILINE)]
+    return [
+        shlex.split(line)
+        for line in re.findall(rf"^\[[ \d]+:\d\d\] {re.escape(mark)} (.*)$", said, re.MULTILINE)
+    ]
 
 
 def figures_of(out):
     """results.json, without the file names in it."""
     found = json.loads((out / "results.json").read_text())
-    return {name: {way: {key: figures[key] for key in (*KEYS, "statements")} for way, figures in ways.items() if way != "gate"}
-            for name, ways in found.items()}
+    return {
+        name: {
+            way: {key: figures[key] for key in (*KEYS, "statements")}
+            for way, figures in ways.items()
+            if way != "gate"
+        }
+        for name, ways in found.items()
+    }
 
 
 # ---------------------------------------------------------------- the whole loop
@@ -157,12 +199,20 @@ def test_the_loop_leaves_the_figures_of_every_captioner_and_golden_file(whole):
         file = name.replace("round", "round-")
         assert list(found[name]) == ["greedy", "sampled"]
         for way, figures in found[name].items():
-            expected = scoring.score(toy.read_captions(whole.out, file, way), toy.toy_rows(whole.out / "truth/held-out.jsonl"))
+            expected = scoring.score(
+                toy.read_captions(whole.out, file, way),
+                toy.toy_rows(whole.out / "truth/held-out.jsonl"),
+            )
             assert figures["captions"] == SIZES["--held-out"]
-            assert {key: figures[key] for key in KEYS} == pytest.approx({key: expected[key] for key in KEYS}, nan_ok=True)
+            assert {key: figures[key] for key in KEYS} == pytest.approx(
+                {key: expected[key] for key in KEYS}, nan_ok=True
+            )
     for k in (1, 2):
         of_golden = found[f"golden{k}"]
-        assert list(of_golden) == ["sampled", "single", "union", "gate"] and set(KEYS) <= of_golden["sampled"].keys()
+        assert (
+            list(of_golden) == ["sampled", "single", "union", "gate"]
+            and set(KEYS) <= of_golden["sampled"].keys()
+        )
         trained_on = stages.read_rows(whole.out / f"golden-{k}/golden.jsonl")
         assert of_golden["sampled"]["captions"] == SIZES["--images"] >= len(trained_on) > 0
         assert of_golden["single"]["captions"] == SIZES["--images"] * SIZES["--samples"]
@@ -170,54 +220,95 @@ def test_the_loop_leaves_the_figures_of_every_captioner_and_golden_file(whole):
 
 def test_the_stages_follow_one_another(whole):
     """Every script runs in its turn, each on what the one before left."""
-    assert whole.scripts == [*("caption.py", "evaluate.py") * 2, "sft.py", *("caption.py", "evaluate.py") * 2,
-                             *RUN_OF_A_ROUND * 2]
+    assert whole.scripts == [
+        *("caption.py", "evaluate.py") * 2,
+        "sft.py",
+        *("caption.py", "evaluate.py") * 2,
+        *RUN_OF_A_ROUND * 2,
+    ]
     flags = [(script, dict(pairwise(argv))) for script, argv in whole.here.commands]
-    of = {script: [flags for name, flags in flags if name == script] for script in ("qa_adapter.py", "golden.py", "dpo.py")}
+    of = {
+        script: [flags for name, flags in flags if name == script]
+        for script in ("qa_adapter.py", "golden.py", "dpo.py")
+    }
     out = whole.out
     for k, start in enumerate((out / "sft", out / "dpo-1"), 1):
         qa, gold, dpo = (of[script][k - 1] for script in of)
         assert qa["--init"] == gold["--captioner"] == dpo["--init"] == str(start)
         assert gold["--qa"] == qa["--out"] and gold["--images"] == str(out / f"data/images-{k}")
-        assert dpo["--data"] == str(out / f"golden-{k}/golden.jsonl") and dpo["--out"] == str(out / f"dpo-{k}")
+        assert dpo["--data"] == str(out / f"golden-{k}/golden.jsonl") and dpo["--out"] == str(
+            out / f"dpo-{k}"
+        )
         assert dpo.get("--ce", "1") == {1: "1", 2: "4"}[k]
-    first, second = (set(p.read_bytes() for p in (out / f"data/images-{k}").iterdir()) for k in (1, 2))
-    assert len(first) == len(second) == SIZES["--images"] and not first & second        # fresh images in each round
+    first, second = (
+        set(p.read_bytes() for p in (out / f"data/images-{k}").iterdir()) for k in (1, 2)
+    )
+    assert (
+        len(first) == len(second) == SIZES["--images"] and not first & second
+    )  # fresh images in each round
 
 
 def test_the_seed_reaches_the_scenes_and_every_stage_that_trains_or_samples(whole, tmp_path):
     def first_stop(script, argv):
         return 1 if script == "sft.py" else None
+
     run = run_toy(tmp_path / "toy", "--seed", 5, here=Here(first_stop))
-    argv, = [argv for script, argv in run.here.commands if script == "sft.py"]
+    (argv,) = [argv for script, argv in run.here.commands if script == "sft.py"]
     assert argv[argv.index("--seed") + 1] == "5"
-    assert (tmp_path / "toy/truth/held-out.jsonl").read_bytes() != (whole.out / "truth/held-out.jsonl").read_bytes()
-    seeds = [argv[argv.index("--seed") + 1] for script, argv in whole.here.commands
-             if script != "evaluate.py"]
+    assert (tmp_path / "toy/truth/held-out.jsonl").read_bytes() != (
+        whole.out / "truth/held-out.jsonl"
+    ).read_bytes()
+    seeds = [
+        argv[argv.index("--seed") + 1]
+        for script, argv in whole.here.commands
+        if script != "evaluate.py"
+    ]
     assert seeds == ["0"] * (7 + 2 * 4)
 
 
 def test_the_printed_table_has_a_row_for_every_captioner_and_its_figures(whole):
-    lines = whole.said[whole.said.index("] judged\n"):].splitlines()
-    rows = {tuple(line.split()[:2]): line.split()[2:] for line in lines if line.startswith(("base", "sft", "round", "golden"))
-            and ":" not in line and "against" not in line}
-    assert list(rows) == [(name, way) for name in ("base", "sft", "golden1", "round1", "golden2", "round2")
-                          for way in (("golden", "single", "union") if "golden" in name else ("greedy", "sampled"))]
+    lines = whole.said[whole.said.index("] judged\n") :].splitlines()
+    rows = {
+        tuple(line.split()[:2]): line.split()[2:]
+        for line in lines
+        if line.startswith(("base", "sft", "round", "golden"))
+        and ":" not in line
+        and "against" not in line
+    }
+    assert list(rows) == [
+        (name, way)
+        for name in ("base", "sft", "golden1", "round1", "golden2", "round2")
+        for way in (("golden", "single", "union") if "golden" in name else ("greedy", "sampled"))
+    ]
     found = figures_of(whole.out)
     for (name, way), cells in rows.items():
         figures = found[name][{"golden": "sampled"}.get(way, way)]
         assert [None if cell == "-" else float(cell) for cell in cells] == [
-            pytest.approx(figures[key], abs=0.051 if key == "statements" else 0.00051) if figures[key] is not None else None
-            for key in toy.COLUMNS]
+            pytest.approx(figures[key], abs=0.051 if key == "statements" else 0.00051)
+            if figures[key] is not None
+            else None
+            for key in toy.COLUMNS
+        ]
     assert len([line for line in lines if re.match(r"golden\d: of what the gate kept", line)]) == 2
-    assert len([line for line in lines if re.match(r"round \d against (sft|round 1): greedy P [+-]", line)]) == 2
+    assert (
+        len(
+            [
+                line
+                for line in lines
+                if re.match(r"round \d against (sft|round 1): greedy P [+-]", line)
+            ]
+        )
+        == 2
+    )
 
 
 def test_the_sheet_is_a_picture(whole):
     with Image.open(whole.out / "sheet.png") as picture:
         picture.load()
         assert picture.format == "PNG" and picture.width > 600 and picture.height > 600
-        assert len(picture.crop((216, 0, picture.width, 200)).getcolors(10 ** 6)) > 2       # something is written
+        assert (
+            len(picture.crop((216, 0, picture.width, 200)).getcolors(10**6)) > 2
+        )  # something is written
 
 
 def test_the_best_captioner_is_named_where_caption_py_looks(whole):
@@ -225,31 +316,55 @@ def test_the_best_captioner_is_named_where_caption_py_looks(whole):
     found = figures_of(whole.out)
     of = {"sft": "sft", "dpo-1": "round1", "dpo-2": "round2"}
     both = {name: found[of[name]]["greedy"]["f1"] + found[of[name]]["sampled"]["f1"] for name in of}
-    assert both[folder.name] == max(both.values()) and folder.resolve() == (whole.out / folder.name).resolve()
+    assert (
+        both[folder.name] == max(both.values())
+        and folder.resolve() == (whole.out / folder.name).resolve()
+    )
     assert f"best: {whole.out / folder.name}" in whole.said
 
 
 def results_like(**f1):
     """results as `loop` gathers them, from {name: (greedy F1, sampled F1)}."""
+
     def figures(value):
         return {**dict.fromkeys((*KEYS, "statements"), 0.5), "f1": value}
-    found = {name: {"greedy": figures(greedy), "sampled": figures(sampled)} for name, (greedy, sampled) in f1.items()}
-    return {**found, "golden1": {"sample": figures(.4), "combined": figures(.5), "golden": figures(.6),
-                                 "gate": {"precision": .9, "recall": .8, "base_rate": .7}}}
+
+    found = {
+        name: {"greedy": figures(greedy), "sampled": figures(sampled)}
+        for name, (greedy, sampled) in f1.items()
+    }
+    return {
+        **found,
+        "golden1": {
+            "sample": figures(0.4),
+            "combined": figures(0.5),
+            "golden": figures(0.6),
+            "gate": {"precision": 0.9, "recall": 0.8, "base_rate": 0.7},
+        },
+    }
 
 
-@pytest.mark.parametrize("scores, expected", [
-    ({"sft": (.6, .5), "round1": (.7, .5), "round2": (.5, .6)}, "dpo-1"),
-    ({"sft": (.6, .5), "round1": (.7, .3), "round2": (.4, .6)}, "sft"),
-    ({"sft": (.6, .5), "round1": (.5, .5), "round2": (.5, .7)}, "dpo-2"),
-    ({"sft": (.6, .5), "round1": (None, None), "round2": (None, .7)}, "sft")], ids=str)
-def test_the_best_of_greedy_and_sampled_f1_together_is_named(whole, tmp_path, monkeypatch, capsys, scores, expected):
+@pytest.mark.parametrize(
+    "scores, expected",
+    [
+        ({"sft": (0.6, 0.5), "round1": (0.7, 0.5), "round2": (0.5, 0.6)}, "dpo-1"),
+        ({"sft": (0.6, 0.5), "round1": (0.7, 0.3), "round2": (0.4, 0.6)}, "sft"),
+        ({"sft": (0.6, 0.5), "round1": (0.5, 0.5), "round2": (0.5, 0.7)}, "dpo-2"),
+        ({"sft": (0.6, 0.5), "round1": (None, None), "round2": (None, 0.7)}, "sft"),
+    ],
+    ids=str,
+)
+def test_the_best_of_greedy_and_sampled_f1_together_is_named(
+    whole, tmp_path, monkeypatch, capsys, scores, expected
+):
     """F1 is None where captions say nothing."""
     out = tmp_path / "out" / "toy"
     out.mkdir(parents=True)
     monkeypatch.setattr(toy, "sheet", lambda *_: None)
     monkeypatch.setattr(toy, "gains", lambda *_: "")
-    toy.finish(SimpleNamespace(out=out, rounds=2), results_like(base=(.9, .9), **scores), None, None)
+    toy.finish(
+        SimpleNamespace(out=out, rounds=2), results_like(base=(0.9, 0.9), **scores), None, None
+    )
     assert (tmp_path / "out/best.txt").read_text().strip() == f"toy/{expected}"
     assert f"best: {out / expected}," in capsys.readouterr().out
 
@@ -260,33 +375,47 @@ def test_every_command_is_printed_as_one_would_type_it(whole):
     assert len(printed) == len(handed) > 20
     for words, command in zip(printed, handed):
         to = words[words.index(">") + 1] if ">" in words else None
-        assert words[0] == "python" and words[1:words.index(">") if to else None] == command[1:]
+        assert words[0] == "python" and words[1 : words.index(">") if to else None] == command[1:]
         assert Path(words[1]).resolve().parent == CODE
         assert (to is not None) == (Path(words[1]).name in ("caption.py", "evaluate.py"))
         assert to is None or Path(to).is_file()
 
 
-def test_with_several_processes_the_stages_go_to_torchrun_and_the_rest_does_not(tmp_path, capsys, monkeypatch):
+def test_with_several_processes_the_stages_go_to_torchrun_and_the_rest_does_not(
+    tmp_path, capsys, monkeypatch
+):
     handed, out = [], tmp_path / "a folder"
 
     def run(command, stdout=None, stderr=None):
         handed.append(command)
-        path = made.pop(0)          # it does its work
+        path = made.pop(0)  # it does its work
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         return 0
+
     monkeypatch.setattr(toy_steps, "run_command", run)
-    made, steps = [out / "sft/adapters.json", out / "golden.jsonl", out / "captions/x.jsonl"], Loop(out, processes=2)
+    made, steps = (
+        [out / "sft/adapters.json", out / "golden.jsonl", out / "captions/x.jsonl"],
+        Loop(out, processes=2),
+    )
     steps.sft("assets/toy", tmp_path, out / "sft", "--seed", 3)
     steps.golden(out / "sft", out / "qa", tmp_path, out)
-    steps.run(out / "captions/x.jsonl", "caption.py", tmp_path, stdout=out / "captions/x.jsonl", stage=False)
+    steps.run(
+        out / "captions/x.jsonl",
+        "caption.py",
+        tmp_path,
+        stdout=out / "captions/x.jsonl",
+        stage=False,
+    )
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
     assert handed[0][:5] == handed[1][:5] == [sys.executable, *torchrun]
     assert Path(handed[0][5]).resolve() == CODE / "sft.py" and handed[0][-2:] == ["--seed", "3"]
     assert handed[2] == [sys.executable, os.path.relpath(CODE / "caption.py"), str(tmp_path)]
     printed = told(capsys.readouterr().out, "$")
     assert printed[0] == ["torchrun", "--nproc_per_node", "2", *handed[0][5:]]
-    assert printed[1] == ["torchrun", "--nproc_per_node", "2", *handed[1][5:]] and printed[1][-1] == str(out)
+    assert printed[1] == ["torchrun", "--nproc_per_node", "2", *handed[1][5:]] and printed[1][
+        -1
+    ] == str(out)
     assert printed[2] == ["python", *handed[2][1:], ">", str(out / "captions/x.jsonl")]
 
 
@@ -296,19 +425,28 @@ def test_what_the_scripts_print_goes_to_the_log_where_there_is_one(tmp_path, cap
         stderr.write("warned\n")
         (tmp_path / "made").touch()
         return 0
+
     monkeypatch.setattr(toy_steps, "run_command", run)
     (tmp_path / "log").write_text("before\n")
     Loop(tmp_path, log=tmp_path / "log").run(tmp_path / "made", "sft.py")
     assert (tmp_path / "log").read_text().splitlines()[0] == "before"
     assert sorted((tmp_path / "log").read_text().split()) == ["before", "said", "warned"]
-    assert capfd.readouterr().out.count("\n") == 1          # the command
+    assert capfd.readouterr().out.count("\n") == 1  # the command
 
 
 def test_a_real_process_is_started_and_its_error_ends_in_one_line(tmp_path, capfd):
     """Nothing patched: evaluate.py refuses captions that are not there."""
-    with pytest.raises(InputError, match=r"evaluate\.py ended with 1; mend what it says above") as error:
-        Loop(tmp_path).run(tmp_path / "x.json", "evaluate.py", tmp_path / "none.jsonl", tmp_path / "truth.jsonl",
-                           stdout=tmp_path / "x.txt", stage=False)
+    with pytest.raises(
+        InputError, match=r"evaluate\.py ended with 1; mend what it says above"
+    ) as error:
+        Loop(tmp_path).run(
+            tmp_path / "x.json",
+            "evaluate.py",
+            tmp_path / "none.jsonl",
+            tmp_path / "truth.jsonl",
+            stdout=tmp_path / "x.txt",
+            stage=False,
+        )
     assert "\n" not in str(error.value) and not (tmp_path / "x.txt").exists()
     assert capfd.readouterr().err.startswith("evaluate.py: ")
 
@@ -321,7 +459,9 @@ open(sys.argv[1], "w").write("saved")"""
 
 
 def test_control_c_leaves_a_command_the_time_to_save(tmp_path):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell's background job ignores it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job ignores it
     try:
         with pytest.raises(KeyboardInterrupt):
             toy_steps.run_command([sys.executable, "-c", SAVING, str(tmp_path / "checkpoint")])
@@ -336,7 +476,9 @@ def test_the_same_command_again_runs_nothing_and_tells_the_same(whole, copied):
     assert (run.code, run.scripts) == (0, []) and told(run.said, "$") == []
     assert len(told(run.said, "done:")) == len(whole.scripts)
     assert figures_of(copied) == figures_of(whole.out)
-    table, *_ = (text[text.index("] judged\n"):].split("best: ")[0] for text in (whole.said, run.said))
+    table, *_ = (
+        text[text.index("] judged\n") :].split("best: ")[0] for text in (whole.said, run.said)
+    )
     assert table.count("\n") > 18 and table in run.said
 
 
@@ -345,20 +487,38 @@ def test_a_stage_whose_output_is_gone_is_the_only_one_that_runs_again(whole, cop
     run = run_toy(copied)
     assert run.code == 0 and run.scripts == ["caption.py", "golden.py", "dpo.py"]
     assert [Path(words[1]).name for words in told(run.said, "done:")] == [
-        "caption.py", "evaluate.py", "caption.py", "evaluate.py", "sft.py", "evaluate.py", "caption.py", "evaluate.py",
-        "qa_adapter.py", "evaluate.py", "dpo.py", *("caption.py", "evaluate.py") * 2, "qa_adapter.py", "golden.py",
-        "evaluate.py", *("caption.py", "evaluate.py") * 2]
+        "caption.py",
+        "evaluate.py",
+        "caption.py",
+        "evaluate.py",
+        "sft.py",
+        "evaluate.py",
+        "caption.py",
+        "evaluate.py",
+        "qa_adapter.py",
+        "evaluate.py",
+        "dpo.py",
+        *("caption.py", "evaluate.py") * 2,
+        "qa_adapter.py",
+        "golden.py",
+        "evaluate.py",
+        *("caption.py", "evaluate.py") * 2,
+    ]
     assert figures_of(copied) == figures_of(whole.out)
     for name in ("golden-1/golden.jsonl", "dpo-2/adapters.safetensors"):
         assert (copied / name).read_bytes() == (whole.out / name).read_bytes()
 
 
 def test_what_another_command_made_is_not_taken_for_this_one_s(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy_steps, "run_command", lambda command, *_: (tmp_path / "made").touch() or 0)
+    monkeypatch.setattr(
+        toy_steps, "run_command", lambda command, *_: (tmp_path / "made").touch() or 0
+    )
     steps = Loop(tmp_path)
     steps.run(tmp_path / "made", "sft.py", "--lr", "1e-3")
     steps.run(tmp_path / "made", "sft.py", "--lr", "1e-3")
-    with pytest.raises(InputError, match=r"made: was made by another command, sft.py --lr 1e-3; delete it"):
+    with pytest.raises(
+        InputError, match=r"made: was made by another command, sft.py --lr 1e-3; delete it"
+    ):
         steps.run(tmp_path / "made", "sft.py", "--lr", "2e-3")
     (tmp_path / "made").unlink()
     steps.run(tmp_path / "made", "sft.py", "--lr", "2e-3")
@@ -366,14 +526,23 @@ def test_what_another_command_made_is_not_taken_for_this_one_s(tmp_path, monkeyp
 
 
 def second_round_gone(out):
-    drop(out, "qa-2", "golden-2", "dpo-2", "captions/round-2-*", "scores/round-2-*", "scores/golden-2*", "results.json")
+    drop(
+        out,
+        "qa-2",
+        "golden-2",
+        "dpo-2",
+        "captions/round-2-*",
+        "scores/round-2-*",
+        "scores/golden-2*",
+        "results.json",
+    )
 
 
 def test_a_command_that_fails_ends_in_one_line_and_the_next_run_goes_on_from_there(whole, copied):
     second_round_gone(copied)
     run = run_toy(copied, here=Here(lambda script, argv: 3 if script == "golden.py" else None))
     assert run.code == 1 and run.scripts == ["qa_adapter.py", "golden.py"]
-    line, = [line for line in run.errors.splitlines() if line.startswith("toy.py: ")]
+    (line,) = [line for line in run.errors.splitlines() if line.startswith("toy.py: ")]
     assert "golden.py ended with 3" in line and run.errors.endswith(line + "\n")
     assert not (copied / "results.json").exists()
     again = run_toy(copied)
@@ -390,8 +559,11 @@ def test_captions_cut_short_by_a_failure_are_not_taken_for_whole(whole, copied):
         if script == "caption.py":
             print('{"image": "00000.png", "caption": "red", "finish": "eos", "tokens": 2}')
             return 1
+
     run = run_toy(copied, here=Here(half))
-    assert run.code == 1 and run.scripts == ["caption.py"] and "caption.py ended with 1" in run.errors
+    assert (
+        run.code == 1 and run.scripts == ["caption.py"] and "caption.py ended with 1" in run.errors
+    )
     assert not (copied / "captions/round-1-greedy.jsonl").exists()
     assert run_toy(copied).scripts == ["caption.py", "evaluate.py"]
     assert figures_of(copied) == figures_of(whole.out)
@@ -409,20 +581,34 @@ def test_control_c_ends_with_130_and_the_next_run_goes_on(whole, copied):
     def stop(script, argv):
         if script == "dpo.py":
             raise KeyboardInterrupt
+
     run = run_toy(copied, here=Here(stop))
     assert run.code == 130 and run.scripts[-1] == "dpo.py" and not (copied / "dpo-2").exists()
     assert run_toy(copied).scripts == RUN_OF_A_ROUND[3:]
     assert figures_of(copied) == figures_of(whole.out)
 
 
-@pytest.mark.parametrize("flag, value", [("--seed", 1), ("--captions", 9), ("--images", 7), ("--held-out", 5),
-                                         ("--samples", 2), ("--base", "elsewhere")])
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("--seed", 1),
+        ("--captions", 9),
+        ("--images", 7),
+        ("--held-out", 5),
+        ("--samples", 2),
+        ("--base", "elsewhere"),
+    ],
+)
 def test_a_run_with_other_arguments_in_the_folder_is_refused_by_name(copied, flag, value):
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
     run = run_toy(copied, flag, value)
     assert run.code == 1 and run.scripts == [] and run.errors.count("\n") == 1
     shown = os.path.realpath(value) if flag == "--base" else value
-    assert run.errors.startswith("toy.py: ") and f"another {flag} " in run.errors and f"now {shown})" in run.errors
+    assert (
+        run.errors.startswith("toy.py: ")
+        and f"another {flag} " in run.errors
+        and f"now {shown})" in run.errors
+    )
     assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
 
 
@@ -436,14 +622,18 @@ def test_more_rounds_than_before_go_on_with_the_third(whole, copied):
     assert "round 3 against round 2: " in run.said
 
 
-@pytest.mark.parametrize("name", ["rounds", "captions", "images", "held-out", "samples", "processes"])
+@pytest.mark.parametrize(
+    "name", ["rounds", "captions", "images", "held-out", "samples", "processes"]
+)
 def test_a_size_below_one_is_refused(capsys, name):
     with pytest.raises(SystemExit) as stop:
         toy.parse_args([f"--{name}", "0"])
     assert stop.value.code == 2 and f"--{name} must be at least 1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["--seed", "5", "report"], ["--out", "mine", "claims", "--table"]])
+@pytest.mark.parametrize(
+    "argv", [["--seed", "5", "report"], ["--out", "mine", "claims", "--table"]]
+)
 def test_flags_before_a_command_are_refused_where_they_would_mean_nothing(capsys, argv):
     with pytest.raises(SystemExit) as stop:
         toy.parse_args(argv)
@@ -453,13 +643,21 @@ def test_flags_before_a_command_are_refused_where_they_would_mean_nothing(capsys
 # ---------------------------------------------------------------- who may see the truth
 def test_only_evaluate_py_opens_a_file_of_the_truth(whole):
     def inside(folder):
-        return {script for script, file in whole.opened if Path(file).is_relative_to(whole.out / folder)}
+        return {
+            script for script, file in whole.opened if Path(file).is_relative_to(whole.out / folder)
+        }
+
     assert inside("truth") == {"evaluate.py"}
     assert inside("data/held-out") == {"caption.py"}
-    assert inside("data/train") == {"sft.py", "qa_adapter.py"} and inside("data/images-1") == {"golden.py", "dpo.py"}
+    assert inside("data/train") == {"sft.py", "qa_adapter.py"} and inside("data/images-1") == {
+        "golden.py",
+        "dpo.py",
+    }
 
 
-def test_without_the_truth_every_stage_leaves_the_same_bytes_and_evaluate_py_one_line(whole, tmp_path, capfd):
+def test_without_the_truth_every_stage_leaves_the_same_bytes_and_evaluate_py_one_line(
+    whole, tmp_path, capfd
+):
     """The commands of the whole run again, in a folder that has the data of the loop, and no truth."""
     out, n_compared = tmp_path / "out" / "toy", 0
     shutil.copytree(whole.out / "data", out / "data")
@@ -472,7 +670,12 @@ def test_without_the_truth_every_stage_leaves_the_same_bytes_and_evaluate_py_one
         code = blind([sys.executable, str(CODE / script), *argv], stdout=said)
         if script == "evaluate.py":
             error = capfd.readouterr().err
-            assert code == 1 and error.startswith("evaluate.py: ") and error.count("\n") == 1 and "truth" in error
+            assert (
+                code == 1
+                and error.startswith("evaluate.py: ")
+                and error.count("\n") == 1
+                and "truth" in error
+            )
             continue
         assert code == 0
         mine = Path(printed[-1].replace(str(whole.out), str(out)))
@@ -480,8 +683,18 @@ def test_without_the_truth_every_stage_leaves_the_same_bytes_and_evaluate_py_one
             mine.parent.mkdir(exist_ok=True)
             mine.write_text(said.getvalue())
         flags = dict(pairwise(argv))
-        files = [mine] if script == "caption.py" else [Path(flags["--out"]) / name for name in (
-            ("golden.jsonl", "record.jsonl") if script == "golden.py" else ("adapters.safetensors",))]
+        files = (
+            [mine]
+            if script == "caption.py"
+            else [
+                Path(flags["--out"]) / name
+                for name in (
+                    ("golden.jsonl", "record.jsonl")
+                    if script == "golden.py"
+                    else ("adapters.safetensors",)
+                )
+            ]
+        )
         for file in files:
             expected = Path(str(file).replace(str(out), str(whole.out))).read_text("latin-1")
             assert file.read_text("latin-1").replace(str(out), str(whole.out)) == expected, file
@@ -490,7 +703,11 @@ def test_without_the_truth_every_stage_leaves_the_same_bytes_and_evaluate_py_one
 
 
 def test_the_held_out_folder_holds_nothing_but_pictures(whole):
-    for name, others in (("held-out", []), ("images-1", []), ("train", ["captions.jsonl", "questions.jsonl"])):
+    for name, others in (
+        ("held-out", []),
+        ("images-1", []),
+        ("train", ["captions.jsonl", "questions.jsonl"]),
+    ):
         files = sorted(path.name for path in (whole.out / "data" / name).rglob("*"))
         pictures = [file for file in files if file.endswith(".png")]
         assert sorted(set(files) - set(pictures)) == others
@@ -498,7 +715,7 @@ def test_the_held_out_folder_holds_nothing_but_pictures(whole):
         assert len(pictures) == SIZES[size]
         for file in pictures:
             with Image.open(whole.out / "data" / name / file) as picture:
-                assert not picture.info         # a picture's own text could tell, too
+                assert not picture.info  # a picture's own text could tell, too
 
 
 def test_captions_to_learn_from_are_true_and_incomplete(tmp_path):
@@ -519,7 +736,8 @@ def test_a_drawing_that_was_interrupted_is_done_again(tmp_path, monkeypatch):
 
     def stop(path, rows, folder):
         write_rows(path, rows, folder)
-        raise KeyboardInterrupt         # after the first file of several
+        raise KeyboardInterrupt  # after the first file of several
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(world, "write_rows", stop)
         make_split(tmp_path, "train", 3, 0, ("captions",))
@@ -527,7 +745,7 @@ def test_a_drawing_that_was_interrupted_is_done_again(tmp_path, monkeypatch):
     folder, truth = make_split(tmp_path, "train", 3, 0, ("captions",))
     assert len(toy.toy_rows(truth)) == 3 and (folder / "00001.png").stat().st_size > 1000
     (folder / "00001.png").unlink()
-    make_split(tmp_path, "train", 3, 0, ("captions",))          # what is there is not drawn again
+    make_split(tmp_path, "train", 3, 0, ("captions",))  # what is there is not drawn again
     assert not (folder / "00001.png").exists()
 
 
@@ -535,21 +753,106 @@ def test_a_drawing_that_was_interrupted_is_done_again(tmp_path, monkeypatch):
 def test_values_stand_in_their_cells_of_the_table():
     def figures(first):
         return {key: first + k / 100 for k, key in enumerate(toy.COLUMNS)}
-    results = {"sft": {"greedy": {**figures(.1), "statements": 12.34, "planted": None}, "sampled": figures(.2)},
-               "golden1": {"sampled": figures(.3), "single": figures(.4), "union": figures(.5),
-                           "gate": {"precision": .876, "recall": .765, "base_rate": .654}}}
+
+    results = {
+        "sft": {
+            "greedy": {**figures(0.1), "statements": 12.34, "planted": None},
+            "sampled": figures(0.2),
+        },
+        "golden1": {
+            "sampled": figures(0.3),
+            "single": figures(0.4),
+            "union": figures(0.5),
+            "gate": {"precision": 0.876, "recall": 0.765, "base_rate": 0.654},
+        },
+    }
     head, *rows, gate = toy.table(results)
-    assert re.split(r"  +", head.strip()) == ["P", "R", "F1", "detail P", "detail R", "planted", "ends", "repeats", "statements"]
+    assert re.split(r"  +", head.strip()) == [
+        "P",
+        "R",
+        "F1",
+        "detail P",
+        "detail R",
+        "planted",
+        "ends",
+        "repeats",
+        "statements",
+    ]
     assert [line.split() for line in rows] == [
-        ["sft", "greedy", "0.100", "0.110", "0.120", "0.130", "0.140", "-", "0.160", "0.170", "12.3"],
-        ["sft", "sampled", "0.200", "0.210", "0.220", "0.230", "0.240", "0.250", "0.260", "0.270", "0.3"],
-        ["golden1", "golden", "0.300", "0.310", "0.320", "0.330", "0.340", "0.350", "0.360", "0.370", "0.4"],
-        ["golden1", "single", "0.400", "0.410", "0.420", "0.430", "0.440", "0.450", "0.460", "0.470", "0.5"],
-        ["golden1", "union", "0.500", "0.510", "0.520", "0.530", "0.540", "0.550", "0.560", "0.570", "0.6"]]
+        [
+            "sft",
+            "greedy",
+            "0.100",
+            "0.110",
+            "0.120",
+            "0.130",
+            "0.140",
+            "-",
+            "0.160",
+            "0.170",
+            "12.3",
+        ],
+        [
+            "sft",
+            "sampled",
+            "0.200",
+            "0.210",
+            "0.220",
+            "0.230",
+            "0.240",
+            "0.250",
+            "0.260",
+            "0.270",
+            "0.3",
+        ],
+        [
+            "golden1",
+            "golden",
+            "0.300",
+            "0.310",
+            "0.320",
+            "0.330",
+            "0.340",
+            "0.350",
+            "0.360",
+            "0.370",
+            "0.4",
+        ],
+        [
+            "golden1",
+            "single",
+            "0.400",
+            "0.410",
+            "0.420",
+            "0.430",
+            "0.440",
+            "0.450",
+            "0.460",
+            "0.470",
+            "0.5",
+        ],
+        [
+            "golden1",
+            "union",
+            "0.500",
+            "0.510",
+            "0.520",
+            "0.530",
+            "0.540",
+            "0.550",
+            "0.560",
+            "0.570",
+            "0.6",
+        ],
+    ]
     ends = [match.end() for match in re.finditer(r"\S+(?: \S+)?(?=  |$)", head)]
-    for line in rows:                   # each value ends below its title
+    for line in rows:  # each value ends below its title
         assert [match.end() for match in re.finditer(r"\S+", line)][2:] == ends
-    assert gate.startswith("golden1: ") and re.findall(r"0\.\d+", gate) == ["0.876", "0.765", "0.654"]
+    assert gate.startswith("golden1: ") and re.findall(r"0\.\d+", gate) == [
+        "0.876",
+        "0.765",
+        "0.654",
+    ]
 
 
 @pytest.fixture
@@ -559,11 +862,25 @@ def judged(tmp_path):
     (tmp_path / "captions").mkdir()
     rows = toy.toy_rows(truth)
     for way in ("greedy", "sampled"):
-        for name, most, wrong in (("sft", 2, ()), ("round-1", 4 if way == "greedy" else 3, ("top-left pink cow",))):
-            said = [{"image": str(images / row["image"]), "finish": "eos", "tokens": 9,
-                     "caption": ", ".join([*(fact["text"] for fact in row["facts"][:most]), *(wrong if k < 3 else ()),
-                                           *row["also_true"][:1]])}
-                    for k, row in enumerate(rows)]
+        for name, most, wrong in (
+            ("sft", 2, ()),
+            ("round-1", 4 if way == "greedy" else 3, ("top-left pink cow",)),
+        ):
+            said = [
+                {
+                    "image": str(images / row["image"]),
+                    "finish": "eos",
+                    "tokens": 9,
+                    "caption": ", ".join(
+                        [
+                            *(fact["text"] for fact in row["facts"][:most]),
+                            *(wrong if k < 3 else ()),
+                            *row["also_true"][:1],
+                        ]
+                    ),
+                }
+                for k, row in enumerate(rows)
+            ]
             stages.write_rows(tmp_path / f"captions/{name}-{way}.jsonl", said)
     return SimpleNamespace(out=tmp_path, images=images, truth=truth)
 
@@ -571,7 +888,9 @@ def judged(tmp_path):
 def test_what_a_round_gained_is_evaluate_py_s_difference(judged):
     text = toy.gains(judged.out, "sft", "round-1", judged.truth)
     parts = re.findall(r"(greedy|sampled) (P|R|F1) ([+-]\S+) \[([+-]\S+), ([+-][.\d]+)\]", text)
-    assert [part[:2] for part in parts] == [(way, name) for way in ("greedy", "sampled") for name in ("P", "R", "F1")]
+    assert [part[:2] for part in parts] == [
+        (way, name) for way in ("greedy", "sampled") for name in ("P", "R", "F1")
+    ]
     truth = toy.toy_rows(judged.truth)
     for way, name, *numbers in parts:
         key = {"P": "precision", "R": "recall", "F1": "f1"}[name]
@@ -586,13 +905,17 @@ def test_what_a_round_gained_is_evaluate_py_s_difference(judged):
 def red(out, first=0, last=None):
     """Reddish pixels in the written part of some rows of pixels of a sheet."""
     pixels = np.asarray(Image.open(out / "sheet.png").convert("RGB")).astype(int)[first:last, 216:]
-    return int(((pixels[..., 0] - pixels[..., 1] > 60) & (pixels[..., 0] - pixels[..., 2] > 60)).sum())
+    return int(
+        ((pixels[..., 0] - pixels[..., 1] > 60) & (pixels[..., 0] - pixels[..., 2] > 60)).sum()
+    )
 
 
 def test_the_sheet_writes_wrong_statements_in_red_beside_their_picture(judged):
     toy.sheet(judged.out, judged.images, judged.truth, "sft", "round-1", n=6)
     height = 192 + 16
-    assert [red(judged.out, k * height, (k + 1) * height) > 50 for k in range(6)] == [True] * 3 + [False] * 3
+    assert [red(judged.out, k * height, (k + 1) * height) > 50 for k in range(6)] == [True] * 3 + [
+        False
+    ] * 3
     toy.sheet(judged.out, judged.images, judged.truth, "sft", "sft", n=6)
     assert red(judged.out) == 0
 
@@ -609,7 +932,13 @@ def test_the_sheet_shows_the_pictures_in_order_and_what_is_missing_in_grey(judge
         toy.sheet(judged.out, judged.images, judged.truth, name, name, n=6)
         pixels = np.asarray(Image.open(judged.out / "sheet.png"))[:, 216:]
         return int((pixels == 0x99).all(-1).sum())
+
     rows = toy.toy_rows(judged.truth)
-    stages.write_rows(judged.out / "captions/full-sampled.jsonl", [{"image": row["image"], "caption": ", ".join(
-        fact["text"] for fact in row["facts"])} for row in rows])
-    assert grey("sft") > 3 * grey("full")           # of which only the labels have some
+    stages.write_rows(
+        judged.out / "captions/full-sampled.jsonl",
+        [
+            {"image": row["image"], "caption": ", ".join(fact["text"] for fact in row["facts"])}
+            for row in rows
+        ],
+    )
+    assert grey("sft") > 3 * grey("full")  # of which only the labels have some

@@ -1,4 +1,5 @@
 """The toy world: its facts, its pictures, the mark that only crops show, and the small base trained on it."""
+
 import json
 import random
 import re
@@ -38,13 +39,26 @@ def test_the_world_is_as_described():
         rate = np.mean([bool(t.mark) for t in things if t.group == group])
         assert rate == pytest.approx(world.MARK_RATE[group], abs=0.02)
         usual = world.MARKS[group == "cold"]
-        assert np.mean([m == usual for m in marked]) == pytest.approx(world.MARK_KIND_RATE, abs=0.03)
+        assert np.mean([m == usual for m in marked]) == pytest.approx(
+            world.MARK_KIND_RATE, abs=0.03
+        )
     assert {len([t for t in s.things if t.place != "center"]) for s in scenes} == {2, 3, 4}
-    assert np.mean([any(t.place == "center" for t in s.things) for s in scenes]) == pytest.approx(0.6, abs=0.03)
-    assert {t.color for t in things} == set(world.COLORS) and {t.shape for t in things} == set(world.SHAPES)
-    even = [t for i in range(1500) for t in world.make_scene(i, planted=False).things if t.place != "center"]
+    assert np.mean([any(t.place == "center" for t in s.things) for s in scenes]) == pytest.approx(
+        0.6, abs=0.03
+    )
+    assert {t.color for t in things} == set(world.COLORS) and {t.shape for t in things} == set(
+        world.SHAPES
+    )
+    even = [
+        t
+        for i in range(1500)
+        for t in world.make_scene(i, planted=False).things
+        if t.place != "center"
+    ]
     for group in ("warm", "cold"):
-        assert np.mean([bool(t.mark) for t in even if t.group == group]) == pytest.approx(0.5, abs=0.04)
+        assert np.mean([bool(t.mark) for t in even if t.group == group]) == pytest.approx(
+            0.5, abs=0.04
+        )
 
 
 def test_truth_names_every_fact_and_every_temptation():
@@ -52,11 +66,17 @@ def test_truth_names_every_fact_and_every_temptation():
         scene = world.make_scene(i)
         row = world.truth(scene, "x.png")
         texts = [fact["text"] for fact in row["facts"]]
-        assert len(set(texts)) == len(texts) == 1 + len(scene.things) + sum(bool(t.mark) for t in scene.things)
+        assert (
+            len(set(texts))
+            == len(texts)
+            == 1 + len(scene.things) + sum(bool(t.mark) for t in scene.things)
+        )
         assert texts[0] == f"background {scene.background}"
         assert all(text.startswith(fact["about"]) for text, fact in zip(texts, row["facts"]))
         bare = [t for t in scene.things if t.place != "center" and not t.mark]
-        assert len(row["planted"]) == 2 * len(bare) and not {p["text"] for p in row["planted"]} & set(texts)
+        assert len(row["planted"]) == 2 * len(bare) and not {
+            p["text"] for p in row["planted"]
+        } & set(texts)
 
 
 def test_questions_are_answered_by_the_facts():
@@ -69,13 +89,25 @@ def test_questions_are_answered_by_the_facts():
         parts = {f"{t.place} {part}" for t in scene.things for part in (t.color, t.shape)}
         for text, answer, kind in world.questions(scene, 8, rng):
             assert answer.startswith("Yes") == (text in true | parts), (text, answer)
-            assert (kind in ("part", "wrong part")) == (len(text.split()) == 2 and text.split()[1] in
-                                                        (*world.COLORS, *world.SHAPES))
+            assert (kind in ("part", "wrong part")) == (
+                len(text.split()) == 2 and text.split()[1] in (*world.COLORS, *world.SHAPES)
+            )
             answers.append(answer.startswith("Yes"))
             kinds[kind] += 1
     assert np.mean(answers) == pytest.approx(0.5, abs=0.03)
-    assert set(kinds) == {"background", "object", "mark", "center", "part", "wrong shape", "wrong color", "wrong place",
-                          "wrong mark", "wrong background", "wrong part"}
+    assert set(kinds) == {
+        "background",
+        "object",
+        "mark",
+        "center",
+        "part",
+        "wrong shape",
+        "wrong color",
+        "wrong place",
+        "wrong mark",
+        "wrong background",
+        "wrong part",
+    }
 
 
 # ---------------------------------------------------------------- the mark
@@ -84,7 +116,7 @@ def test_halving_leaves_nothing_of_a_mark(kind):
     for x, y in ((16, 16), (13.6, 18.4), (48.2, 47)):
         mark = world.draw_mark(kind, x, y)
         assert abs(world.HALVING @ mark @ world.HALVING.T).max() < 1e-9
-        assert mark.std() * world.SIDE / world.MARK_SIDE > 0.9          # at full resolution it is all there
+        assert mark.std() * world.SIDE / world.MARK_SIDE > 0.9  # at full resolution it is all there
 
 
 def test_halving_is_what_pillow_does():
@@ -103,11 +135,14 @@ def test_a_probe_on_view_0_sees_no_mark_and_a_probe_on_a_crop_does():
             for thing in scene.things:
                 if thing.place == place:
                     x, y = (c // 2 - 8 for c in world.PLACES[place])
-                    patch = pixels[0, :, y:y + 16, x:x + 16].double()
+                    patch = pixels[0, :, y : y + 16, x : x + 16].double()
                     crop = pixels[1 + number, :, 8:24, 8:24].double()
                     low.append(torch.cat([patch.flatten(), patch.mean(0).flatten() ** 2]))
-                    high.append(torch.cat([crop.flatten(), crop.mean(0).diff(dim=1).abs().flatten()]))
+                    high.append(
+                        torch.cat([crop.flatten(), crop.mean(0).diff(dim=1).abs().flatten()])
+                    )
                     marked.append(1.0 if thing.mark else -1.0)
+
     def held_out_accuracy(features):
         X, y = torch.stack(features), torch.tensor(marked, dtype=torch.float64)
         X = torch.cat([(X - X.mean(0)) / X.std(0), torch.ones(len(X), 1, dtype=torch.float64)], 1)
@@ -115,8 +150,9 @@ def test_a_probe_on_view_0_sees_no_mark_and_a_probe_on_a_crop_does():
         ridge = 300 * torch.eye(X.shape[1], dtype=torch.float64)
         w = torch.linalg.solve(X[:half].T @ X[:half] + ridge, X[:half].T @ y[:half])
         return ((X[half:] @ w > 0) == (y[half:] > 0)).double().mean().item()
+
     assert held_out_accuracy(high) > 0.9
-    assert held_out_accuracy(low) < 0.54            # half of over 4000 held-out objects is .5 ± .011
+    assert held_out_accuracy(low) < 0.54  # half of over 4000 held-out objects is .5 ± .011
 
 
 # ---------------------------------------------------------------- files
@@ -130,7 +166,9 @@ def test_every_word_of_the_world_is_one_token(tmp_path):
         texts += [f"{world.ask(text)} Answer: {answer}" for text, answer, _ in asked]
         for text in texts:
             assert tokenizer.decode(tokenizer.encode(text)) == text
-            assert len(tokenizer.encode(text)) == len(re.sub(r"([-,?:])", r" \1", text).replace("- ", "-").split())
+            assert len(tokenizer.encode(text)) == len(
+                re.sub(r"([-,?:])", r" \1", text).replace("- ", "-").split()
+            )
     assert [len(tokenizer.encode(word)) for word in (" Yes", " No", "yes", "no")] == [1] * 4
 
 
@@ -140,19 +178,37 @@ def test_scenes_command_writes_pictures_and_truth(tmp_path):
     assert [row["image"] for row in rows] == ["00000.png", "00001.png", "00002.png"]
     scene = world.make_scene("scenes 7 1")
     assert rows[1] == world.truth(scene, "00001.png")
-    captions, questions = ([json.loads(line) for line in (tmp_path / f"s/{kind}.jsonl").read_text().splitlines()]
-                           for kind in ("captions", "questions"))
+    captions, questions = (
+        [json.loads(line) for line in (tmp_path / f"s/{kind}.jsonl").read_text().splitlines()]
+        for kind in ("captions", "questions")
+    )
     for row, caption in zip(rows, captions):
         said, true = world.statements(caption["caption"]), {fact["text"] for fact in row["facts"]}
-        assert caption["image"] == row["image"] and len(set(said)) == len(said) >= 2 and set(said) <= true
+        assert (
+            caption["image"] == row["image"]
+            and len(set(said)) == len(said) >= 2
+            and set(said) <= true
+        )
     assert len(questions) == 9 and all(q["answer"].startswith(("Yes", "No")) for q in questions)
-    assert np.array_equal(np.asarray(open_image(tmp_path / "s/00001.png")), np.asarray(world.draw(scene)))
+    assert np.array_equal(
+        np.asarray(open_image(tmp_path / "s/00001.png")), np.asarray(world.draw(scene))
+    )
 
 
 # ---------------------------------------------------------------- the base
 def test_pretraining_writes_the_released_layout_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """Stopped in the fourth step and started again: log and weights as of an uninterrupted run, bit for bit."""
-    arguments = ["pretrain", "--steps", "6", "--batch", "2", "--questions", "2", "--save-every", "2"]
+    arguments = [
+        "pretrain",
+        "--steps",
+        "6",
+        "--batch",
+        "2",
+        "--questions",
+        "2",
+        "--save-every",
+        "2",
+    ]
     assert toy.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
     forward, calls = toy_base.weighted_loss, []
 
@@ -168,9 +224,14 @@ def test_pretraining_writes_the_released_layout_and_goes_on_where_it_stopped(tmp
     assert toy.main([*arguments, "--out", str(tmp_path / "stopped")]) == 0
     assert len(calls) == 4 + 4
     for name in ("model.safetensors", "config.json", "qwen.tiktoken", "log.jsonl"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "stopped" / name).read_bytes(), name
+        assert (tmp_path / "whole" / name).read_bytes() == (
+            tmp_path / "stopped" / name
+        ).read_bytes(), name
     model = QwenVL.from_pretrained(tmp_path / "whole")
-    assert model.config.visual.image_size == 32 and len((tmp_path / "whole/log.jsonl").read_text().splitlines()) == 6
+    assert (
+        model.config.visual.image_size == 32
+        and len((tmp_path / "whole/log.jsonl").read_text().splitlines()) == 6
+    )
 
 
 @pytest.mark.parametrize("flag, value", [("--steps", "8"), ("--lr", "0.5"), ("--seed", "1")])
@@ -197,19 +258,36 @@ def test_a_packed_training_row_asks_for_what_follows_each_prompt(tmp_path):
         asked = [i for i in own if target[i] >= 0]
         assert decode(target[i] for i in asked) == answer + "<|endoftext|>"
         names = [toy_base.TASK_NAMES[task[i]] for i in asked]
-        assert names == (["answer"] + ["reason"] * (len(asked) - 1) if name == "answer" else [name] * len(asked))
-    assert [name for name, _, _ in rows] == ["dense", "short"] + ["answer"] * 4 and branch.count(0) == 36
+        assert names == (
+            ["answer"] + ["reason"] * (len(asked) - 1) if name == "answer" else [name] * len(asked)
+        )
+    assert [name for name, _, _ in rows] == ["dense", "short"] + ["answer"] * 4 and branch.count(
+        0
+    ) == 36
 
 
 def test_the_report_counts_right():
-    truth = {"facts": [{"text": "background gray", "kind": "background"},
-                       {"text": "top-left red ring", "kind": "object"},
-                       {"text": "top-right red ring", "kind": "object"}, {"text": "top-right stripes", "kind": "mark"}],
-             "planted": [{"text": "top-left stripes", "group": "warm"}, {"text": "top-left checks", "group": "warm"}]}
+    truth = {
+        "facts": [
+            {"text": "background gray", "kind": "background"},
+            {"text": "top-left red ring", "kind": "object"},
+            {"text": "top-right red ring", "kind": "object"},
+            {"text": "top-right stripes", "kind": "mark"},
+        ],
+        "planted": [
+            {"text": "top-left stripes", "group": "warm"},
+            {"text": "top-left checks", "group": "warm"},
+        ],
+    }
     caption = ["background gray", "top-left red ring", "top-left stripes", "top-left red ring"]
     found = toy_base.caption_report([caption], [truth])
     assert found["precision"] == {"all": [0.667, 3], "mark": [0.0, 1]}
-    assert found["recall"] == {"all": [0.5, 4], "background": [1.0, 1], "object": [0.5, 2], "mark": [0.0, 1]}
+    assert found["recall"] == {
+        "all": [0.5, 4],
+        "background": [1.0, 1],
+        "object": [0.5, 2],
+        "mark": [0.0, 1],
+    }
     assert found["mark invented on"] == {"warm": [1.0, 1], "cold": [0.0, 0]}
 
 
@@ -223,11 +301,19 @@ def test_a_missing_base_is_one_line(capsys, tmp_path):
 def test_the_shipped_base_is_small_and_its_captions_are_mostly_right():
     assert sum(p.stat().st_size for p in SHIPPED.rglob("*") if p.is_file()) <= 5_000_000
     model = QwenVL.from_pretrained(SHIPPED)
-    rows = [json.loads(line) for line in (SHIPPED / "examples/truth.jsonl").read_text().splitlines()]
-    pixels = torch.stack([views(open_image(SHIPPED / "examples" / row["image"]), 32) for row in rows])
-    said = [(text, {fact["text"] for fact in row["facts"]}) for row, (result,) in
-            zip(rows, sample(model, pixels, [row["image"] for row in rows], 1, temperature=0))
-            for text in world.statements(result["caption"])]
+    rows = [
+        json.loads(line) for line in (SHIPPED / "examples/truth.jsonl").read_text().splitlines()
+    ]
+    pixels = torch.stack(
+        [views(open_image(SHIPPED / "examples" / row["image"]), 32) for row in rows]
+    )
+    said = [
+        (text, {fact["text"] for fact in row["facts"]})
+        for row, (result,) in zip(
+            rows, sample(model, pixels, [row["image"] for row in rows], 1, temperature=0)
+        )
+        for text in world.statements(result["caption"])
+    ]
     assert len(said) >= len(rows)
     assert np.mean([text in true for text, true in said]) >= 0.8
 
@@ -235,9 +321,16 @@ def test_the_shipped_base_is_small_and_its_captions_are_mostly_right():
 def test_the_shipped_base_sees_the_mark_in_six_views_and_invents_it_in_one(capsys):
     """A small run of `toy.py report`, far from the edge of its figures in the README."""
     assert toy.main(["report", "--base", str(SHIPPED), "--scenes", "40"]) == 0
-    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if not line.startswith("{"))
+    lines = dict(
+        line.split(": ", 1)
+        for line in capsys.readouterr().out.splitlines()
+        if not line.startswith("{")
+    )
     figures = {name: json.loads(value) for name, value in lines.items()}
-    assert figures["six views, precision"]["mark"][0] > 0.9 and figures["six views, recall"]["mark"][0] > 0.9
+    assert (
+        figures["six views, precision"]["mark"][0] > 0.9
+        and figures["six views, recall"]["mark"][0] > 0.9
+    )
     assert figures["one low-resolution view, mark invented on"]["warm"][0] > 0.6
     assert figures["six views, mark invented on"]["warm"][0] < 0.1
     assert figures["six views, yes/no"]["wrong shape"][0] > 0.7

@@ -1,4 +1,5 @@
 """Reading checkpoints: every layout, every tensor accounted for, and each kind of damage one clear line."""
+
 import json
 import pickle
 import shutil
@@ -43,7 +44,9 @@ def split_into_shards(base, kind):
         else:
             torch.save(part, base / name)
         weight_map |= dict.fromkeys(part, name)
-    (base / f"{stem}.{kind}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (base / f"{stem}.{kind}.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return base
 
 
@@ -80,6 +83,7 @@ def test_known_buffers_of_other_revisions_may_be_left_over(base):
     def add(weights):
         weights["transformer.h.0.attn.masked_bias"] = torch.zeros(1)
         weights["transformer.rotary_emb.inv_freq"] = torch.zeros(4)
+
     change_weights(base, add)
     assert QwenVL.from_pretrained(base).tokenizer.eos_id > 0
 
@@ -101,7 +105,10 @@ def test_a_missing_tensor_is_named(base):
 
 def test_a_left_over_tensor_is_named(base):
     change_weights(base, lambda w: w.update({"transformer.h.9.extra.weight": torch.zeros(2)}))
-    refused(base, r"transformer\.h\.9\.extra\.weight, which the model described by config.json does not have")
+    refused(
+        base,
+        r"transformer\.h\.9\.extra\.weight, which the model described by config.json does not have",
+    )
 
 
 def test_a_misshaped_tensor_is_named(base):
@@ -110,7 +117,10 @@ def test_a_misshaped_tensor_is_named(base):
 
 
 def test_a_quantised_tensor_is_refused_by_name(base):
-    change_weights(base, lambda w: w.update({"transformer.h.0.mlp.w1.qweight": torch.zeros(2, dtype=torch.int32)}))
+    change_weights(
+        base,
+        lambda w: w.update({"transformer.h.0.mlp.w1.qweight": torch.zeros(2, dtype=torch.int32)}),
+    )
     refused(base, "Int4/GPTQ tensor")
 
 
@@ -118,7 +128,10 @@ def test_a_tensor_in_two_shards_is_refused(base):
     split_into_shards(base, "safetensors")
     first = load_file(base / "model-00001-of-00003.safetensors")
     second = load_file(base / "model-00002-of-00003.safetensors")
-    save_file({**second, sorted(first)[0]: first[sorted(first)[0]]}, base / "model-00002-of-00003.safetensors")
+    save_file(
+        {**second, sorted(first)[0]: first[sorted(first)[0]]},
+        base / "model-00002-of-00003.safetensors",
+    )
     refused(base, "holds too")
 
 
@@ -129,8 +142,16 @@ def test_a_missing_shard_is_named(base):
     refused(base, r"pytorch_model-00002-of-00003\.bin is missing")
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "not json", '{"weight_map": {"a": 3}}',
-                                     '{"weight_map": {"a": "../../etc/passwd"}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        "[]",
+        "not json",
+        '{"weight_map": {"a": 3}}',
+        '{"weight_map": {"a": "../../etc/passwd"}}',
+    ],
+)
 def test_a_damaged_index_is_one_clear_error(base, content):
     split_into_shards(base, "safetensors")
     (base / "model.safetensors.index.json").write_text(content)
@@ -187,8 +208,14 @@ def test_a_bin_of_something_else_is_refused(base):
     refused(base, "not a dictionary of tensors")
 
 
-@pytest.mark.parametrize("content", [{3: torch.zeros(2)}, {NAME: torch.zeros(2, 2).to_sparse()},
-                                     {NAME: torch.zeros(2, device="meta")}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {3: torch.zeros(2)},
+        {NAME: torch.zeros(2, 2).to_sparse()},
+        {NAME: torch.zeros(2, device="meta")},
+    ],
+)
 def test_a_bin_of_odd_tensors_is_refused(base, content):
     (base / "model.safetensors").unlink()
     torch.save(content, base / "pytorch_model.bin")
@@ -209,12 +236,22 @@ def test_vocabulary_and_config_of_different_models(base):
 
 # ---------------------------------------------------------------- names and devices
 def test_what_is_neither_folder_nor_hub_name(tmp_path):
-    for name in ("x" * 300, "~no-such-user/x", "no-such-thing", "a/b/c", "../x", str(tmp_path / "nothing"), ""):
+    for name in (
+        "x" * 300,
+        "~no-such-user/x",
+        "no-such-thing",
+        "a/b/c",
+        "../x",
+        str(tmp_path / "nothing"),
+        "",
+    ):
         with pytest.raises(InputError, match=r"not a folder, and not a Hub name|config\.json"):
             QwenVL.from_pretrained(name)
 
 
-def test_the_hub_is_asked_for_weights_config_and_vocabulary_only(tiny_base, tiny_model, monkeypatch):
+def test_the_hub_is_asked_for_weights_config_and_vocabulary_only(
+    tiny_base, tiny_model, monkeypatch
+):
     asked = []
 
     def snapshot_download(name, allow_patterns):
@@ -232,8 +269,10 @@ def test_the_hub_is_asked_for_weights_config_and_vocabulary_only(tiny_base, tiny
 def test_bin_shards_are_fetched_where_there_is_no_safetensors(base, monkeypatch):
     split_into_shards(base, "bin")
     asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download",
-                        lambda name, allow_patterns: asked.append(allow_patterns) or str(base))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda name, allow_patterns: asked.append(allow_patterns) or str(base),
+    )
     assert QwenVL.from_pretrained("Qwen/Qwen-VL").fingerprint
     assert asked[1:] == [["model*.safetensors"], ["pytorch_model*.bin"]]
 
@@ -241,6 +280,7 @@ def test_bin_shards_are_fetched_where_there_is_no_safetensors(base, monkeypatch)
 def test_no_network_is_one_line_that_says_what_to_do(monkeypatch):
     def offline(name, allow_patterns):
         raise OSError("could not connect\nlong story")
+
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(InputError, match=r"hf download Qwen/Qwen-VL.*--base assets/toy") as caught:
         QwenVL.from_pretrained("Qwen/Qwen-VL")
@@ -253,7 +293,7 @@ def test_a_device_that_is_not_there(tiny_base, device):
 
 
 def test_a_model_that_does_not_fit_says_both_numbers_and_the_way_out(tiny_base, monkeypatch):
-    monkeypatch.setattr(weights, "free_bytes", lambda device: 10 ** 6)
+    monkeypatch.setattr(weights, "free_bytes", lambda device: 10**6)
     refused(tiny_base, r"needs 0\.0 GB as float32 on cpu, 0\.0 GB are free; try --dtype bfloat16")
     monkeypatch.setattr(weights, "free_bytes", lambda device: None)
     assert QwenVL.from_pretrained(tiny_base).fingerprint
@@ -261,16 +301,18 @@ def test_a_model_that_does_not_fit_says_both_numbers_and_the_way_out(tiny_base, 
 
 def test_a_model_that_does_not_fit_is_not_fetched(tiny_base, monkeypatch):
     asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download",
-                        lambda name, allow_patterns: asked.append(allow_patterns) or str(tiny_base))
-    monkeypatch.setattr(weights, "free_bytes", lambda device: 10 ** 6)
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda name, allow_patterns: asked.append(allow_patterns) or str(tiny_base),
+    )
+    monkeypatch.setattr(weights, "free_bytes", lambda device: 10**6)
     refused("Qwen/Qwen-VL", "needs 0.0 GB")
     assert asked == [["config.json", "qwen.tiktoken", "*.index.json"]]
 
 
 def test_free_memory_is_read_from_the_system():
     free = weights.free_bytes(torch.device("cpu"))
-    assert free is None or 10 ** 7 < free < 10 ** 14
+    assert free is None or 10**7 < free < 10**14
 
 
 MEASURE = """
@@ -289,10 +331,15 @@ print(size, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_peak_memory_is_at_most_the_model_and_one_shard(tmp_path, kind):
     from conftest import write_tiny_base
+
     base = split_into_shards(write_tiny_base(tmp_path / "base", vocab_size=160_000), kind)
     shard = max(path.stat().st_size for path in base.glob(f"*.{kind}"))
     for dtype in ("torch.float32", "torch.bfloat16"):
-        code = MEASURE.format(project=str(Path(weights.__file__).parent.parent), base=str(base), dtype=dtype)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        code = MEASURE.format(
+            project=str(Path(weights.__file__).parent.parent), base=str(base), dtype=dtype
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
         size, grown = map(int, done.stdout.split())
         assert grown < size + shard + 30e6, (kind, dtype, size, shard, grown)
