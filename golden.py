@@ -1,429 +1,434 @@
-"""Stage 3, golden samples: the captioner's own captions, combined, questioned, and freed of what it does not confirm.
+"""Stage 3: golden captions, combined from samples and stripped of statements that fail the check.
 
 READS   images; the captioner, out/sft; the QA adapter, out/qa; a tool LLM
-WRITES  out/golden: golden.jsonl for dpo.py, record.jsonl (every image, also those left out, and why), index.html (a
-        page to look at), and for each pass a file per rank
+WRITES  out/golden: golden.jsonl for dpo.py; record.jsonl, all images with the reasons why some are
+        left out; index.html, a page to look at; and for each pass a file per rank
 
     python golden.py --images photos/
-    torchrun --nproc_per_node 6 golden.py --images photos/
     torchrun --nproc_per_node 6 golden.py --images photos/ --tool hf:Qwen/Qwen2.5-7B-Instruct
-    python golden.py --images photos/ --captioner out/dpo --qa out/qa-2 --out out/golden-2       # the next round
+    # the next round
+    python golden.py --images photos/ --captioner out/dpo --qa out/qa-2 --out out/golden-2
 
-Four passes over files, since captioner and tool LLM do not fit on one card together. Each goes on where it was stopped,
-with any number of ranks: a rank takes the images whose names' hash is its own, and appends to files of its own.
+Captioner and tool LLM do not fit on one card together, hence four passes over files. Each can be
+stopped at any moment and resumed with any number of ranks.
   sample   N captions of each image                                          captioner
-  combine  one list of statements, taken apart, a yes/no question for each   tool LLM
-  verify   P(yes) of every question, each asked alone                        captioner + QA adapter
-  compose  the caption of the statements that were confirmed                 tool LLM
+  combine  their statements in one list, and a yes/no question for each      tool LLM
+  verify   P(yes) of every question, each asked alone                        captioner, QA adapter
+  compose  a caption of the statements that pass                             tool LLM
 Decided where the source is silent:
- 1. a statement is kept where P(yes) reaches the threshold that qa_adapter.py calibrated
- 2. of statements that exclude each other at most one is kept, the one with the highest P(yes); --no-resolve keeps all
- 3. the captions as they were sampled are the rejected side, with their loops and without an end they did not have
+ 1. a statement is kept if its P(yes) reaches the threshold that qa_adapter.py calibrated
+ 2. of statements that exclude each other at most one is kept, the one with the highest P(yes);
+    --no-resolve keeps all that pass
+ 3. the rejected side is the samples as they are: one that loops or is cut off keeps its loop and
+    gets no end token, so that training lowers the probability of the loop and not of ending
 """
 import argparse
 import gc
-import json
-import math
 import os
 import re
 import sys
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import adapters
 import tool_llm
-from chunking import BOXES, views
+from chunking import LAYOUTS, views
 from generate import images_at_once, room_left, sample, without_loop, yes_probability
 from model import CAPTION_PROMPT, Config, QwenVL
-from plumbing import rules, train, weights
+from plumbing import arguments, data, rules, shards, train, weights
 from plumbing.errors import InputError
 from plumbing.images import find_images, open_image
 from plumbing.page import write_page
-from plumbing.shards import check_settings, finished, rows_at, run_pass
+from plumbing.records import summary, write_records
 from plumbing.tokenizer import Tokenizer
 
 PASSES = ("sample", "combine", "verify", "compose")
-CHUNK = 256             # rows that are given to the tool LLM together
+CHUNK = 256             # rows that the tool LLM is given together
 
 
 def parse_args(argv):
-    plain = argparse.ArgumentDefaultsHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=plain)
-    p.add_argument("--images", type=Path, required=True, help="folder of images, searched with its subfolders")
-    p.add_argument("--captioner", type=Path, default=Path("out/sft"), help="adapter folder of the captioner")
-    p.add_argument("--qa", type=Path, default=Path("out/qa"), help="QA adapter folder, trained for this captioner")
-    p.add_argument("--base", help="Hub name or folder of the base, if not where the captioner's training found it")
-    p.add_argument("--out", type=Path, default=Path("out/golden"), help="folder to write, and to go on from")
-    p.add_argument("--passes", default=",".join(PASSES), help="which passes to run, separated by commas")
-    # torchrun takes --n for the beginning of an option of its own
-    p.add_argument("--samples", "--n", dest="n", type=int, default=8, help="captions per image")
-    p.add_argument("--temperature", type=float, default=1.0, help="of sampling")
-    p.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that hold this share")
-    p.add_argument("--max-new-tokens", type=int, help="longest caption, in tokens; left out, what the context leaves")
-    p.add_argument("--seed", type=int, default=0, help="of sampling")
-    p.add_argument("--threshold", type=float, help="P(yes) from which a statement is kept; left out, as calibrated")
-    p.add_argument("--min-votes", type=int, default=1, help="keep only statements that stand in as many captions")
-    p.add_argument("--resolve", action=argparse.BooleanOptionalAction, default=True, help="keep at most one of the "
-                   "statements that exclude each other")
-    p.add_argument("--min-statements", type=int, default=2, help="fewer of them make no golden caption")
-    p.add_argument("--retry-errors", action="store_true", help="do the rows again that ended as errors")
-    p.add_argument("--batch", type=int, help="images sampled at once; left out, what memory allows")
-    p.add_argument("--workers", type=int, default=2, help="threads per rank that decode images")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; left out, bfloat16 on "
-                   "a GPU and float32 on the CPU")
+    p = arguments.parser(__doc__)
+    add = p.add_argument
+    add("--images", type=Path, required=True, help="folder of images, searched with its subfolders")
+    add("--captioner", type=Path, default=Path("out/sft"), help="adapter folder of the captioner")
+    add("--qa", type=Path, default=Path("out/qa"), help="QA adapter folder made for this captioner")
+    add("--base", help="Hub name or folder of the base; left out, the captioner's")
+    add("--views", choices=tuple(LAYOUTS), help="views of an image; left out, the captioner's")
+    add("--out", type=Path, default=Path("out/golden"), help="folder to write, or to resume")
+    add("--passes", default=",".join(PASSES), help="which passes to run, separated by commas")
+    # torchrun takes --n for an abbreviation of its own options
+    add("--samples", "--n", dest="n", type=arguments.count, default=8, help="captions per image")
+    add("--temperature", type=arguments.not_negative, default=1.0, help="of sampling")
+    add("--top-p", type=arguments.share, default=1.0,
+        help="sample from the smallest set of tokens with this much probability")
+    add("--max-new-tokens", type=arguments.count,
+        help="longest caption, in tokens; left out, as long as the context allows")
+    add("--seed", type=int, default=0, help="of sampling")
+    add("--threshold", type=arguments.probability,
+        help="lowest P(yes) of a statement that is kept; left out, as calibrated")
+    add("--min-votes", type=arguments.count, default=1,
+        help="samples that must contain a statement that is kept")
+    add("--resolve", action=argparse.BooleanOptionalAction, default=True,
+        help="keep at most one of the statements that exclude each other")
+    add("--min-statements", type=arguments.count, default=2, help="that a golden caption must have")
+    add("--retry-errors", action="store_true", help="redo the images that ended in an error")
+    add("--batch", type=arguments.count,
+        help="images sampled at once; left out, as many as memory allows")
+    add("--workers", type=arguments.count_or_none, default=2,
+        help="processes per rank that decode images")
+    arguments.add_device(p)
     tool_llm.add_flags(p)
     args = p.parse_args(argv)
     tool_llm.check_flags(p, args)
-    args.passes = [part.strip() for part in args.passes.split(",") if part.strip()]
+    args.passes = [name.strip() for name in args.passes.split(",") if name.strip()]
     if not args.passes or not set(args.passes) <= set(PASSES):
         p.error(f"--passes: want some of {','.join(PASSES)}")
-    for name in ("samples", "max_new_tokens", "batch", "min_votes", "min_statements", "workers"):
-        value = getattr(args, "n" if name == "samples" else name)
-        if value is not None and value < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1")
-    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or not 0 <= (args.threshold or 0) <= 1:
-        p.error("--temperature must not be negative, --top-p above 0 and at most 1, --threshold from 0 to 1")
     if args.n > 1 and args.temperature == 0:
-        p.error("--samples above 1 needs --temperature above 0: at 0 all captions of an image are the same")
+        p.error("--samples above 1 needs --temperature above 0: at 0 all captions of an image are "
+                "the same")
     return args
 
 
-# ---------------------------------------------------------------- sample, verify: the captioner looks
-AHEAD = 32              # images that are decoded before their turn
+# ---------------------------------------------------------------- sample
+def cut_views(folder, size, boxes, image):
+    """An image of the folder, by name -> its views (V, 3, size, size); done by worker processes."""
+    return views(open_image(folder / image), size, boxes)
 
 
-def looked_at(args, rows, size):
-    """Yield (row, views or InputError), the images decoded ahead by threads."""
-    def look(row):
-        try:
-            return views(open_image(args.images / row["image"]), size)
-        except InputError as error:
-            return error
-    with ThreadPoolExecutor(args.workers) as pool:
-        waiting = deque()
-        for row in rows:
-            waiting.append((row, pool.submit(look, row)))
-            if len(waiting) > AHEAD:
-                row, found = waiting.popleft()
-                yield row, found.result()
-        for row, found in waiting:
-            yield row, found.result()
+def sample_rows(args, model, boxes, images):
+    """Images by name -> rows {"image", "samples"}, --samples raw captions each, or with "error"."""
+    room = room_left(model, len(boxes), args.max_new_tokens)
+    at_once = args.batch or images_at_once(model, len(boxes), args.n, room)
+    cut = partial(cut_views, args.images, model.config.visual.image_size, boxes)
+    for decoded in data.ahead(images, cut, args.workers, at_once):
+        names, pixels = [], []
+        for image, views_or_error in decoded:
+            if isinstance(views_or_error, InputError):
+                yield {"image": image, "error": str(views_or_error)}
+            else:
+                names.append(image)
+                pixels.append(views_or_error)
+        if names:
+            of_images = sample_batch(args, model, torch.stack(pixels), names)
+            for image, samples in zip(names, of_images):
+                yield {"image": image, "samples": samples}
 
 
-def open_captioner(args, ranks, *folders):
+def sample_batch(args, model, pixels, names):
+    """pixels (I, V, 3, S, S), names of I images -> I lists of {"caption", "finish", "tokens"}."""
+    try:
+        return sample(model, pixels, names, args.n, args.max_new_tokens, args.temperature,
+                      args.top_p, args.seed)
+    except torch.OutOfMemoryError:
+        raise InputError(f"out of memory with {len(names)} images × {args.n} captions; try a "
+                         "smaller --batch, --samples or --max-new-tokens") from None
+
+
+# ---------------------------------------------------------------- combine
+def trimmed(result):
+    """The text of a sample without its loop, or without the statement at which it was cut off."""
+    if result["finish"] == "repeat":
+        return without_loop(result["caption"])
+    if result["finish"] == "length":
+        return re.sub(r"(^|[,.;])[^,.;]*$", "", result["caption"])
+    return result["caption"]
+
+
+def combine_rows(tool, rows):
+    """Yield rows with "combined" and "statements", each with its question, or with "error"."""
+    for chunk in data.batched(rows, CHUNK):
+        described, captions = [], []
+        for row in chunk:
+            texts = [text for text in map(trimmed, row["samples"]) if rules.statements(text)]
+            if texts:
+                described.append(row)
+                captions.append(texts)
+            else:
+                yield {**row, "combined": "", "statements": []}
+
+        combined, statements = [], []
+        for k, answer in tool.run(tool_llm.COMBINE, captions):
+            if isinstance(answer, tool_llm.ToolError):
+                yield {**described[k], "error": f"combine: {answer}"}
+            else:
+                combined.append(described[k])
+                # at most as many as there may be questions: a statement that no question was
+                # asked about must not get into a golden caption
+                statements.append(rules.fewer(answer))
+
+        for k, answer in tool.run(tool_llm.DECOMPOSE, statements):
+            if isinstance(answer, tool_llm.ToolError):
+                yield {**combined[k], "error": f"decompose: {answer}"}
+            else:
+                text = ", ".join(statement["text"] for statement in statements[k])
+                yield {**combined[k], "combined": text, "statements": answer}
+
+
+# ---------------------------------------------------------------- verify
+def verify_row(model, row, pixels):
+    """A row whose statements have "p_yes", or one with "error" where the image cannot be read.
+
+    All questions about the image are in one forward, and none sees another. pixels (V, 3, S, S).
+    """
+    if isinstance(pixels, InputError):
+        return {**row, "error": str(pixels)}
+    questions = [statement["question"] for statement in row["statements"]]
+    try:
+        p_yes = yes_probability(model, pixels, questions).tolist()
+    except torch.OutOfMemoryError:
+        raise InputError(f"out of memory with {len(questions)} questions about one image; lower "
+                         "generate.MAX_PACKED") from None
+    statements = [{**s, "p_yes": round(p, 4)} for s, p in zip(row["statements"], p_yes)]
+    return {**row, "statements": statements}
+
+
+# ---------------------------------------------------------------- compose
+def judge(statements, threshold, min_votes, resolve):
+    """The statements of an image -> the same with "kept": what may be in its golden caption.
+
+    A statement s with the question q passes if
+
+        P(yes | image, q) ≥ threshold   and   votes(s) ≥ min_votes
+
+    P(yes) is the QA model's softmax mass of yes against no at the first token of its answer, and
+    votes(s) is the number of samples that contain s. Statements that cannot all be true share a
+    group. With `resolve` only the best of a group's passing statements is kept: the one with the
+    highest P(yes), of equals the one with more votes, then the first.
+
+    Scoring each claim of a caption by a yes/no question is RLAIF-V's rule
+    (https://arxiv.org/abs/2405.17220). Asking each question alone, with the image but without the
+    caption, follows CapMAS (https://arxiv.org/abs/2412.15484): the longer the text before it, the
+    more a model relies on that text and the less on the image. In its experiments isolated
+    questions detect hallucinations with an AUROC of 81, against 74 for agreement between samples
+    (the votes) and 58 for token confidence. Groups are our addition: in the toy world, golden
+    captions with contradictions taught the captioner more of them in every round.
+    """
+    passing = {}            # group -> numbers of its passing statements
+    for k, statement in enumerate(statements):
+        if statement["p_yes"] >= threshold and statement["votes"] >= min_votes:
+            exclusive = resolve and statement["group"] is not None
+            group = statement["group"] if exclusive else ("alone", k)
+            passing.setdefault(group, []).append(k)
+    # max gives the first of equals
+    kept = {max(numbers, key=lambda k: (statements[k]["p_yes"], statements[k]["votes"]))
+            for numbers in passing.values()}
+    return [{**statement, "kept": k in kept} for k, statement in enumerate(statements)]
+
+
+def pair(row, tokenizer, room):
+    """A row with "chosen" -> with "rejected" too, or with "left_out", why it cannot be used.
+
+    room: how many tokens a caption may have, end token included.
+    """
+    chosen = " ".join(row["chosen"].split())
+    rejected = []
+    for result in row["samples"]:
+        text = " ".join(result["caption"].split())
+        if text and text != chosen:
+            rejected.append(result)
+    row = {**row, "tokens": len(tokenizer.encode(" " + row["chosen"])) + 1}     # and the end token
+    if row["tokens"] > room:
+        return {**row, "left_out": "golden longer than the context"}
+    if not rejected:
+        return {**row, "left_out": "golden equal to its samples"}
+    return {**row, "rejected": rejected}
+
+
+def compose_rows(args, tool, tokenizer, room, threshold, rows):
+    """Yield rows with "chosen", the golden caption, and "rejected", or "left_out", or "error"."""
+    for chunk in data.batched(rows, CHUNK):
+        to_correct = []
+        for row in chunk:
+            judged = judge(row["statements"], threshold, args.min_votes, args.resolve)
+            row = {**row, "statements": judged}
+            kept = [statement["text"] for statement in judged if statement["kept"]]
+            if len(kept) < args.min_statements:
+                yield {**row, "left_out": "too few statements kept" if kept else "nothing kept"}
+            elif row["combined"] == ", ".join(kept):
+                yield pair({**row, "chosen": row["combined"]}, tokenizer, room)
+            else:
+                to_correct.append(row)
+
+        for k, answer in tool.run(tool_llm.CORRECT, to_correct):
+            if isinstance(answer, tool_llm.ToolError):
+                yield {**to_correct[k], "error": f"correct: {answer}"}
+            else:
+                yield pair({**to_correct[k], "chosen": answer}, tokenizer, room)
+
+
+# ---------------------------------------------------------------- the four passes
+def sample_pass(args, ranks, boxes):
+    """Captioner: N captions of each image."""
+    images = [name for path, name in find_images([args.images]) if path != args.images]
+    if not images:
+        raise InputError(f"{args.images}: no images in it")
+    with shards.Pass(args.out, ranks, "sample", images, retry_errors=args.retry_errors) as todo:
+        if todo.images:
+            model = open_captioner(args, ranks.device, args.captioner)
+            for row in sample_rows(args, model, boxes, todo.images):
+                todo.write(row)
+    return todo.count, todo.seconds
+
+
+def combine_pass(args, ranks):
+    """Tool LLM: one list of statements from an image's captions, with a question for each."""
+    with later_pass(args, ranks, "combine", before="sample") as todo:
+        if todo.images:
+            tool = open_tool(args, ranks.device)
+            for row in combine_rows(tool, todo.rows()):
+                todo.write(row)
+    return todo.count, todo.seconds
+
+
+def verify_pass(args, ranks, boxes):
+    """Captioner and QA adapter: P(yes) of each question."""
+    with later_pass(args, ranks, "verify", before="combine") as todo:
+        if todo.images:
+            model = open_captioner(args, ranks.device, args.captioner, args.qa)
+            cut = partial(cut_views, args.images, model.config.visual.image_size, boxes)
+            for [(image, pixels)] in data.ahead(todo.images, cut, args.workers):
+                todo.write(verify_row(model, todo.row(image), pixels))
+    return todo.count, todo.seconds
+
+
+def compose_pass(args, ranks, tokenizer, room, threshold):
+    """Tool LLM: a caption of the statements that are kept."""
+    with later_pass(args, ranks, "compose", before="verify") as todo:
+        if todo.images:
+            tool = open_tool(args, ranks.device)
+            for row in compose_rows(args, tool, tokenizer, room, threshold, todo.rows()):
+                todo.write(row)
+    return todo.count, todo.seconds
+
+
+def later_pass(args, ranks, name, before):
+    """A pass over the rows of the pass before. InputError if that has no rows and is not run."""
+    todo = shards.Pass(args.out, ranks, name, before=before, retry_errors=args.retry_errors)
+    # if it is run, a rank without images may get here before the others have written any row
+    if not todo.source and before not in args.passes:
+        raise InputError(f"{args.out}: nothing to {name}; run the pass before it first")
+    return todo
+
+
+def open_captioner(args, device, *folders):
     """The base with the adapters of some folders."""
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    model = QwenVL.from_pretrained(args.base or adapters.read_card(args.captioner)["base"], dtype, ranks.device)
+    release_memory(device)
+    base = args.base or adapters.read_card(args.captioner)["base"]
+    model = QwenVL.from_pretrained(base, arguments.DTYPES.get(args.dtype), device)
     for folder in folders:
         adapters.load(model, folder)
     return model
 
 
-def sample_rows(args, model, rows):
-    """Rows with "samples", --samples captions each, raw."""
-    room = room_left(model, len(BOXES), args.max_new_tokens)
-    at_once = args.batch or images_at_once(model, len(BOXES), args.n, room)
-
-    def sampled(batch):
-        try:
-            found = sample(model, torch.stack([pixels for _, pixels in batch]), [row["image"] for row, _ in batch],
-                           args.n, args.max_new_tokens, args.temperature, args.top_p, args.seed)
-        except torch.OutOfMemoryError:
-            raise InputError(f"out of memory with {len(batch)} images × {args.n} captions; try a smaller --batch, "
-                             "--samples or --max-new-tokens") from None
-        for (row, _), samples in zip(batch, found):
-            yield {**row, "samples": samples}
-    batch = []
-    for row, pixels in looked_at(args, rows, model.config.visual.image_size):
-        if isinstance(pixels, InputError):
-            yield {**row, "error": str(pixels)}
-            continue
-        batch.append((row, pixels))
-        if len(batch) == at_once:
-            yield from sampled(batch)
-            batch = []
-    if batch:
-        yield from sampled(batch)
+def open_tool(args, device):
+    """The tool LLM."""
+    release_memory(device)
+    return tool_llm.open_tool(args, device)
 
 
-def verify_rows(args, model, rows):
-    """Rows whose statements have "p_yes": every question of an image in one forward, none sees another."""
-    for row, pixels in looked_at(args, rows, model.config.visual.image_size):
-        if isinstance(pixels, InputError):
-            yield {**row, "error": str(pixels)}
-            continue
-        try:
-            p_yes = yes_probability(model, pixels, [statement["question"] for statement in row["statements"]]).tolist()
-        except torch.OutOfMemoryError:
-            raise InputError(f"out of memory with {len(row['statements'])} questions about one image; lower "
-                             "generate.MAX_PACKED") from None
-        yield {**row, "statements": [{**statement, "p_yes": round(p, 4)}
-                                     for statement, p in zip(row["statements"], p_yes)]}
+def release_memory(device):
+    """Free the model of the pass before: the next one may need the whole card."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
-# ---------------------------------------------------------------- combine, compose: the tool LLM reads
-def chunks(rows):
-    """Lists of up to CHUNK rows."""
-    chunk = []
-    for row in rows:
-        chunk.append(row)
-        if len(chunk) == CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def said(result):
-    """A sampled caption without the loop, or the unfinished statement, that it ended in."""
-    if result["finish"] == "repeat":
-        return without_loop(result["caption"])
-    return re.sub(r"(^|[,.;])[^,.;]*$", "", result["caption"]) if result["finish"] == "length" else result["caption"]
-
-
-def combine_rows(tool, rows):
-    """Rows with "combined" and its "statements", each with a question."""
-    for chunk in chunks(rows):
-        captions = [[text for text in map(said, row["samples"]) if rules.statements(text)] for row in chunk]
-        speaking = [i for i, texts in enumerate(captions) if texts]
-        yield from ({**row, "combined": "", "statements": []} for row, texts in zip(chunk, captions) if not texts)
-        combined = {}
-        for k, found in tool.run(tool_llm.COMBINE, [captions[i] for i in speaking]):
-            if isinstance(found, tool_llm.ToolError):
-                yield {**chunk[speaking[k]], "error": f"combine: {found}"}
-            else:
-                combined[speaking[k]] = rules.fewer(found)      # what is not asked about must not be said
-        taken = list(combined)
-        for k, found in tool.run(tool_llm.DECOMPOSE, [combined[i] for i in taken]):
-            row, text = chunk[taken[k]], ", ".join(statement["text"] for statement in combined[taken[k]])
-            yield ({**row, "error": f"decompose: {found}"} if isinstance(found, tool_llm.ToolError) else
-                   {**row, "combined": text, "statements": found})
-
-
-def judge(statements, threshold, min_votes, resolve):
-    """Statements with "kept": P(yes) and votes suffice, and, if resolve, nothing that excludes it has a higher P(yes).
-
-    Of equals the one with more votes is kept, then the first.
-    """
-    likely = [s["p_yes"] >= threshold and s["votes"] >= min_votes for s in statements]
-    best = {}
-    for k, statement in enumerate(statements):
-        group = statement["group"] if resolve and statement["group"] is not None else ("alone", k)
-        rank = (statement["p_yes"], statement["votes"], -k)
-        if likely[k] and (group not in best or rank > best[group][0]):
-            best[group] = rank, k
-    kept = {k for _, k in best.values()}
-    return [{**statement, "kept": k in kept} for k, statement in enumerate(statements)]
-
-
-def pair(row, tokenizer, room):
-    """A row with its chosen caption -> with "rejected", or with the reason why it is "left_out"."""
-    same = " ".join(row["chosen"].split())
-    rejected = [s for s in row["samples"] if s["caption"].strip() and " ".join(s["caption"].split()) != same]
-    row["tokens"] = len(tokenizer.encode(" " + row["chosen"])) + 1             # and the end token
-    if row["tokens"] > room:
-        return {**row, "left_out": "golden longer than the context"}
-    return {**row, "rejected": rejected} if rejected else {**row, "left_out": "golden equal to its samples"}
-
-
-def compose_rows(args, tool, tokenizer, room, threshold, rows):
-    """Rows with "chosen", the golden caption, and "rejected"; or "left_out" and why."""
-    for chunk in chunks(rows):
-        asked = []
-        for row in chunk:
-            row["statements"] = judge(row["statements"], threshold, args.min_votes, args.resolve)
-            n_kept = sum(s["kept"] for s in row["statements"])
-            if n_kept < args.min_statements:
-                yield {**row, "left_out": "too few statements kept" if n_kept else "nothing kept"}
-            elif row["combined"] == ", ".join(s["text"] for s in row["statements"] if s["kept"]):   # nothing to correct
-                yield pair({**row, "chosen": row["combined"]}, tokenizer, room)
-            else:
-                asked.append(row)
-        for k, found in tool.run(tool_llm.CORRECT, asked):
-            yield ({**asked[k], "error": f"correct: {found}"} if isinstance(found, tool_llm.ToolError) else
-                   pair({**asked[k], "chosen": found}, tokenizer, room))
-
-
-def caption_room(base):
-    """The tokenizer of a base, and how many tokens a caption of six views may have; without the weights."""
+# ---------------------------------------------------------------- before the passes
+def caption_room(base, n_views):
+    """The tokenizer of a base, and how many tokens a caption may have; weights are not read."""
     folder = weights.resolve(base, weights=False)
     config, tokenizer = Config.from_json(folder / "config.json"), Tokenizer(folder)
-    prompt = len(BOXES) * (config.visual.n_queries + 2) + len(tokenizer.encode(CAPTION_PROMPT))
+    prompt = n_views * (config.visual.n_queries + 2) + len(tokenizer.encode(CAPTION_PROMPT))
     return tokenizer, config.seq_length - prompt
 
 
-# ---------------------------------------------------------------- what a folder remembers
-def settings_of(args, qa):
-    """{pass: everything that its rows depend on}: its own settings and those of the passes before it."""
-    own = {"sample": {"captioner": adapters.folder_hash(args.captioner), "dtype": str(args.dtype),
-                      "images": os.path.relpath(args.images, args.out),
-                      **{key: getattr(args, key) for key in ("n", "temperature", "top_p", "max_new_tokens", "seed")}},
-           "combine": {"tool": tool_llm.tool_name(args)},
-           "verify": {"qa": qa.get("hash")},
-           "compose": {"threshold": qa.get("threshold"),
-                       **{key: getattr(args, key) for key in ("min_votes", "resolve", "min_statements")}}}
-    found, all_before = {}, {}
-    for what in PASSES:
-        all_before = {**all_before, **own[what]}
-        found[what] = all_before
-    return found
-
-
 def read_qa(args):
-    """What is to be known of the QA adapter: {"hash", "threshold"}. InputError where it is another captioner's."""
+    """{"hash", "threshold"} of the QA adapter. InputError where it is for another captioner."""
     card = adapters.read_card(args.qa)
     if card.get("parent_hash") != adapters.folder_hash(args.captioner):
-        raise InputError(f"{args.qa}: was trained below the captioner {card.get('parent')}, and {args.captioner} is "
-                         "another; train it again for this one")
+        raise InputError(f"{args.qa}: was trained below the captioner {card.get('parent')}, and "
+                         f"{args.captioner} is another; train it again for this one")
     threshold = card.get("threshold") if args.threshold is None else args.threshold
     if not isinstance(threshold, int | float):
         raise InputError(f"{args.qa}: has no threshold; give one with --threshold")
     return {"hash": adapters.folder_hash(args.qa), "threshold": threshold}
 
 
-# ---------------------------------------------------------------- the end: one file, a summary, a page
-def final(args, row):
-    """A row of record.jsonl: as in golden.jsonl, or with the reason why it is not there."""
-    # both without links: ".." of a folder that is one leads out of where it points
-    image = os.path.relpath(Path(os.path.realpath(args.images), row["image"]), os.path.realpath(args.out))
-    if "error" in row:
-        return {"image": image, "error": row["error"]}
-    raw = [{key: s[key] for key in ("caption", "finish")} for s in row["samples"]]
-    rejected = [{key: s[key] for key in ("caption", "finish")} for s in row.get("rejected", [])]
-    keys = ("text", "question", "about", "group", "votes", "p_yes", "kept")
-    found = {"image": image, "chosen": row.get("chosen"), "rejected": rejected, "samples": raw,
-             "combined": row["combined"], "statements": [{key: s[key] for key in keys} for s in row["statements"]]}
-    return {**found, "left_out": row["left_out"]} if "left_out" in row else found
-
-
-def gather_rows(args):
-    """Write record.jsonl and golden.jsonl, in order of the images' names -> what the summary tells."""
-    places, _ = finished(args.out, "compose")
-    count = dict.fromkeys(("images", "golden", "samples", "sample_tokens", "statements", "kept", "golden_tokens"), 0)
-    reasons = {}
-
-    def write(temporary, golden_only):
-        # a file name need not be text; what of it is none is written as JSON's own \udcff
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            for row in rows_at(places[image] for image in sorted(places)):
-                reason = row.get("left_out") or ("error" if "error" in row else None)
-                if not (golden_only and reason):
-                    file.write(json.dumps(final(args, row), ensure_ascii=False) + "\n")
-                if not golden_only:
-                    tally(row, reason)
-
-    def tally(row, reason):
-        count["images"] += 1
-        if reason:
-            reasons[reason] = reasons.get(reason, 0) + 1
-        else:
-            count["golden"] += 1
-            count["golden_tokens"] += row["tokens"]
-        if reason != "error":
-            count["samples"] += len(row["samples"])
-            count["sample_tokens"] += sum(s["tokens"] for s in row["samples"])
-            count["statements"] += len(row["statements"])
-            count["kept"] += sum(s["kept"] for s in row["statements"])
-    train.write_whole(args.out / "record.jsonl", lambda temporary: write(temporary, False))
-    train.write_whole(args.out / "golden.jsonl", lambda temporary: write(temporary, True))
-    return count, reasons
-
-
-def summary(count, reasons, times):
-    """Lines that tell what came out, and how long it took."""
-    read = count["images"] - reasons.get("error", 0)
-    left_out = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items())) or "none left out"
-    yield f"{count['images']} images: {count['golden']} golden rows; {left_out}"
-    if read:
-        yield (f"{count['samples']} samples; {count['statements'] / read:.1f} statements per image, "
-               f"{100 * count['kept'] / max(count['statements'], 1):.1f} % of them kept")
-        yield (f"length in tokens: samples {count['sample_tokens'] / max(count['samples'], 1):.1f}, "
-               f"golden {count['golden_tokens'] / max(count['golden'], 1):.1f}")
-    spent = [f"{what} {seconds / n:.3f}" for what, (n, seconds) in times.items() if n]
-    yield f"seconds per image on a rank: {', '.join(spent) or 'nothing was left to do'}"
+def settings_of(args, qa):
+    """{pass: all that its rows depend on}: the settings of this pass and of those before it."""
+    added = {
+        "sample": {"captioner": adapters.folder_hash(args.captioner), "dtype": str(args.dtype),
+                   "images": os.path.relpath(args.images, args.out), "n": args.n,
+                   "temperature": args.temperature, "top_p": args.top_p,
+                   "max_new_tokens": args.max_new_tokens, "seed": args.seed},
+        "combine": {"tool": tool_llm.tool_name(args)},
+        "verify": {"qa": qa.get("hash")},
+        "compose": {"threshold": qa.get("threshold"), "min_votes": args.min_votes,
+                    "resolve": args.resolve, "min_statements": args.min_statements}}
+    settings, so_far = {}, {}
+    for name in PASSES:
+        so_far = {**so_far, **added[name]}
+        settings[name] = so_far
+    return settings
 
 
 # ---------------------------------------------------------------- main
-def main(argv=None):
-    args = parse_args(argv)
-
-    def go(ranks):
-        try:
-            return run(args, ranks)
-        except OSError as error:            # a full disk, a folder that may not be written
-            raise InputError(f"{error.filename or args.out}: {error.strerror or error}; mend that and run the same "
-                             "command again") from None
-    return train.run_stage("golden.py", args.device, go, patient=True)
-
-
 def run(args, ranks):
-    """All passes on one rank -> exit code."""
+    """The passes on this rank and, on the first rank, the files made of all rows -> exit code."""
     if not args.images.is_dir():
-        raise InputError(f"--images {args.images}: is no folder")
+        raise InputError(f"--images {args.images}: is not a folder")
     base = args.base or adapters.read_card(args.captioner)["base"]
+    boxes = adapters.views_of(args.captioner, args.views)
     qa = read_qa(args) if {"verify", "compose"} & set(args.passes) else {}
     args.out.mkdir(parents=True, exist_ok=True)
-    check_settings(args.out, ranks, args.passes, settings_of(args, qa))
-    tokenizer, room = caption_room(base)
+    shards.check_settings(args.out, ranks, args.passes, settings_of(args, qa))
+    tokenizer, room = caption_room(base, len(boxes))
 
-    # ---- what each pass opens, when it has something to do; it is let go of when the pass is over
-    def sampling():
-        model = open_captioner(args, ranks, args.captioner)
-        return lambda rows: sample_rows(args, model, rows)
+    times = {}              # {pass: (images done, seconds)}
+    if "sample" in args.passes:
+        times["sample"] = sample_pass(args, ranks, boxes)
+    if "combine" in args.passes:
+        times["combine"] = combine_pass(args, ranks)
+    if "verify" in args.passes:
+        times["verify"] = verify_pass(args, ranks, boxes)
+    if "compose" in args.passes:
+        times["compose"] = compose_pass(args, ranks, tokenizer, room, qa["threshold"])
 
-    def combining():
-        tool = tool_llm.open_tool(args, ranks.device)
-        return lambda rows: combine_rows(tool, rows)
-
-    def verifying():
-        model = open_captioner(args, ranks, args.captioner, args.qa)
-        return lambda rows: verify_rows(args, model, rows)
-
-    def composing():
-        tool = tool_llm.open_tool(args, ranks.device)
-        return lambda rows: compose_rows(args, tool, tokenizer, room, qa["threshold"], rows)
-
-    # ---- the passes
-    times = {}
-    for before, what, make_work in zip((None, *PASSES), PASSES, (sampling, combining, verifying, composing)):
-        if what not in args.passes:
-            continue
-        if before:
-            source, _ = finished(args.out, before)
-        else:
-            source = {name: None for path, name in find_images([args.images]) if path != args.images}
-        if not source and before not in args.passes:    # else a rank without images is here before others have any
-            raise InputError(f"{args.out}: nothing to {what}; run the pass before it first" if before else
-                             f"{args.images}: no images in it")
-        times[what] = run_pass(args.out, ranks, what, source, make_work, args.retry_errors)
-        gc.collect()
-        if ranks.device.type == "cuda":
-            torch.cuda.empty_cache()        # the next pass has another model on the card
-
-    # ---- one file of them
-    everyone = [ranks.gather([times[what]]) for what in times]
+    for name in times:
+        of_ranks = ranks.gather([times[name]])
+        times[name] = tuple(map(sum, zip(*of_ranks)))
     ranks.barrier()
     if ranks.is_master:
-        times = {what: (sum(n for n, _ in found), sum(s for _, s in found)) for what, found in zip(times, everyone)}
         report(args, qa, times)
     return 0
 
 
 def report(args, qa, times):
-    """What the first rank does when all are done: golden.jsonl and the page, if it came to that, and the summary."""
+    """At the end, on the first rank: the files made of the rows of all ranks, and a summary."""
     if "compose" in args.passes:
-        count, reasons = gather_rows(args)
+        counts, left_out = write_records(args.images, args.out)
         write_page(args.out, qa["threshold"], args.seed)
-        for line in summary(count, reasons, times):
-            print(line)
+        print(summary(counts, left_out, times))
         print(f"wrote {args.out}/golden.jsonl, record.jsonl and index.html", file=sys.stderr)
-    else:
-        for what, (n, seconds) in times.items():
-            print(f"{what}: {n} images done, {seconds / max(n, 1):.3f} seconds per image on a rank")
+        return
+    for name, (n, seconds) in times.items():
+        print(f"{name}: {n} images done, {seconds / max(n, 1):.3f} seconds per image on a rank")
+
+
+def run_safely(args, ranks):
+    """run(), with an error of the file system, such as a full disk, as an InputError."""
+    try:
+        return run(args, ranks)
+    except OSError as error:
+        raise InputError(f"{error.filename or args.out}: {error.strerror or error}; fix that and "
+                         "run the same command again") from None
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    return train.run_stage("golden.py", args.device, partial(run_safely, args), patient=True)
 
 
 if __name__ == "__main__":
@@ -433,5 +438,5 @@ if __name__ == "__main__":
         code = 130
     sys.stdout.flush()
     sys.stderr.flush()
-    # all is on disk, and in an orderly exit of several ranks a thread of gloo or of a tokenizer sometimes aborts
+    # all files are on disk, and an orderly exit sometimes aborts in a thread of gloo or a tokenizer
     os._exit(code)

@@ -1,4 +1,4 @@
-"""golden.py: what is kept and composed, as a user runs it, and that no stop, broken image or caption gets in its way."""
+"""golden.py: what is kept and composed, resuming after any stop, broken images, odd captions."""
 
 import contextlib
 import errno
@@ -32,10 +32,10 @@ import golden
 import qa_adapter
 import sft
 import tool_llm
-from chunking import BOXES, views
+from chunking import BOXES, LAYOUTS, views
 from generate import yes_probability
 from model import QwenVL
-from plumbing import shards
+from plumbing import data, shards
 from plumbing.images import open_image
 from plumbing.tokenizer import Tokenizer
 from toy_world import world
@@ -49,17 +49,17 @@ ARGS = Namespace(min_votes=1, resolve=True, min_statements=2)
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_garbage_collection():
-    """golden.py collects garbage after each pass; what the tests imported need not be searched every time."""
+    """golden.py collects garbage before it opens a model: spare it what the tests imported."""
     gc.freeze()
     yield
     gc.unfreeze()
 
 
-# ---------------------------------------------------------------- scenes, a captioner, its QA adapter
+# ---------------------------------------------------------------- scenes, captioner, QA adapter
 @pytest.fixture(scope="module")
 def made(tiny_base, tmp_path_factory):
-    """Scenes, a captioner that has seen them often enough to say statements, a QA adapter of a few steps, and a threshold
-    in the middle of what its P(yes) comes out as."""
+    """Scenes, a captioner that learned to write statements about them, a QA adapter of a few steps,
+    and a threshold in the middle of its P(yes)."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "scenes").mkdir()
     scenes = stages.write_data(folder / "scenes", N_IMAGES)
@@ -104,21 +104,19 @@ def made(tiny_base, tmp_path_factory):
         )
         == 0
     )
-    found = SimpleNamespace(
+    result = SimpleNamespace(
         scenes=scenes, captioner=folder / "sft", qa=folder / "qa", base=tiny_base, threshold=0.5
     )
-    assert (
-        stages.run(golden, *flags(found, folder / "trial", "--passes", "sample,combine,verify"))
-        == 0
-    )
+    argv = flags(result, folder / "trial", "--passes", "sample,combine,verify")
+    assert stages.run(golden, *argv) == 0
     p_yes = [
         s["p_yes"]
         for row in stages.read_rows(folder / "trial/verify-0.jsonl")
         for s in row["statements"]
     ]
     assert len(p_yes) > 4 * N_IMAGES
-    found.threshold = round(statistics.median(p_yes), 4)
-    return found
+    result.threshold = round(statistics.median(p_yes), 4)
+    return result
 
 
 def flags(made, out, *more):
@@ -140,6 +138,8 @@ def flags(made, out, *more):
             30,
             "--threshold",
             made.threshold,
+            "--workers",
+            0,
             "--device",
             "cpu",
             *more,
@@ -154,31 +154,31 @@ def without_threshold(argv):
 
 @pytest.fixture(scope="module")
 def whole(made, tmp_path_factory):
-    """An uninterrupted run on one rank -> its folder and stdout."""
-    out, said = tmp_path_factory.mktemp("whole") / "out", io.StringIO()
-    with contextlib.redirect_stdout(said):
-        assert stages.run(golden, *flags(made, out)) == 0
-    return SimpleNamespace(out=out, said=said.getvalue())
+    """An uninterrupted run on one rank, images decoded by workers -> its folder and stdout."""
+    out, stdout = tmp_path_factory.mktemp("whole") / "out", io.StringIO()
+    with contextlib.redirect_stdout(stdout):
+        assert stages.run(golden, *flags(made, out, "--workers", 2)) == 0
+    return SimpleNamespace(out=out, stdout=stdout.getvalue())
 
 
 @pytest.fixture
 def copied(whole, tmp_path):
-    """A copy of the whole run's folder, as far from the scenes as that is."""
+    """A copy of the whole run's folder; the relative path to the scenes is the same."""
     return shutil.copytree(whole.out, tmp_path / "out")
 
 
 @pytest.fixture
 def loads(monkeypatch):
     """Weak references to the models that are loaded in this process."""
-    found, from_pretrained = [], QwenVL.from_pretrained
+    references, from_pretrained = [], QwenVL.from_pretrained
 
     def loading(*args, **kwargs):
         model = from_pretrained(*args, **kwargs)
-        found.append(weakref.ref(model))
+        references.append(weakref.ref(model))
         return model
 
     monkeypatch.setattr(QwenVL, "from_pretrained", loading)
-    return found
+    return references
 
 
 def contents(out, names=FILES):
@@ -190,7 +190,7 @@ def everything(out):
 
 
 def rows_of(out, what):
-    """The rows of a pass in the files of all ranks, without torn lines, as {image: row}; each image stands there once."""
+    """{image: row} of a pass, from the files of all ranks without torn lines; no image is twice."""
     lines = [
         line
         for path in out.glob(f"{what}-*.jsonl")
@@ -273,8 +273,8 @@ def test_of_a_group_the_likeliest_is_kept(facts, expected):
 
 def test_a_refused_statement_does_not_block_its_group():
     """One that is likely but has too few votes excludes nothing."""
-    facts = [fact("lonely", 0.99, "g", 1), fact("said twice", 0.6, "g", 2)]
-    assert kept(facts, min_votes=2) == ["said twice"]
+    facts = [fact("lonely", 0.99, "g", 1), fact("in two samples", 0.6, "g", 2)]
+    assert kept(facts, min_votes=2) == ["in two samples"]
     assert kept(facts) == ["lonely"]
 
 
@@ -359,8 +359,8 @@ def sample(caption, finish="eos"):
         ("", "eos", ""),
     ],
 )
-def test_of_a_sample_its_loop_and_its_unfinished_end_are_not_combined(caption, finish, expected):
-    assert golden.said(sample(caption, finish)) == expected
+def test_the_loop_or_unfinished_end_of_a_sample_is_not_combined(caption, finish, expected):
+    assert golden.trimmed(sample(caption, finish)) == expected
 
 
 def combined(*rows):
@@ -372,7 +372,7 @@ def combined(*rows):
     )
 
 
-def test_combine_counts_in_how_many_samples_a_statement_stands():
+def test_combine_counts_how_many_samples_contain_a_statement():
     samples = [
         sample(" background gray, top blue ring, top blue r", "length"),
         sample(" top blue ring, top blue ring"),
@@ -392,13 +392,13 @@ def test_combine_counts_in_how_many_samples_a_statement_stands():
 
 
 @pytest.mark.parametrize("captions", [["", " "], [" , .", "\n"], ["\t\n,"]])
-def test_samples_that_say_nothing_are_no_error(captions):
+def test_samples_without_a_statement_are_not_an_error(captions):
     (row,) = combined([sample(caption) for caption in captions])
     assert row["combined"] == "" and row["statements"] == [] and "error" not in row
 
 
 class Says:
-    """A tool that answers each operation from a dict of lists, last item first."""
+    """A tool that answers each operation from a list, the last item first."""
 
     def __init__(self, **answers):
         self.answers, self.asked = answers, []
@@ -419,16 +419,11 @@ def test_a_tool_s_failures_become_error_rows_and_the_others_keep_their_answers()
         {"image": name, "samples": [sample(text)]}
         for name, text in zip("abcd", (" red", "", " green", " blue"))
     ]
-    found = {row["image"]: row for row in golden.combine_rows(tool, rows)}
-    assert (
-        found["a"]["error"] == "decompose: no question"
-        and found["c"]["error"] == "combine: no JSON"
-    )
-    assert (
-        found["b"]["statements"] == []
-        and found["d"]["combined"] == "blue ring"
-        and found["d"]["statements"] == facts[1:]
-    )
+    rows = {row["image"]: row for row in golden.combine_rows(tool, rows)}
+    assert rows["a"]["error"] == "decompose: no question"
+    assert rows["c"]["error"] == "combine: no JSON"
+    assert rows["b"]["statements"] == []
+    assert rows["d"]["combined"] == "blue ring" and rows["d"]["statements"] == facts[1:]
     assert tool.asked == [
         ("combine", [[" red"], [" green"], [" blue"]]),
         ("decompose", [facts[1:], facts[:1]]),
@@ -461,10 +456,11 @@ def verified(facts, samples=None, image="a.png"):
 
 def composed(tokenizer, *rows, tool=None, room=80, threshold=0.5, **how):
     args = Namespace(**{**vars(ARGS), **how})
-    found = list(
-        golden.compose_rows(args, tool or tool_llm.Shorthand(), tokenizer, room, threshold, rows)
+    tool = tool or tool_llm.Shorthand()
+    return sorted(
+        golden.compose_rows(args, tool, tokenizer, room, threshold, rows),
+        key=lambda row: row["image"],
     )
-    return sorted(found, key=lambda row: row["image"])
 
 
 YES, NO = (lambda text: fact(text, 0.9)), (lambda text: fact(text, 0.1))
@@ -549,8 +545,8 @@ def test_a_caption_with_nothing_to_correct_is_taken_as_it_is_and_others_go_to_th
     ]
 
 
-def test_a_golden_caption_says_what_was_kept_and_nothing_else(tokenizer):
-    """Samples of many kinds, verdicts by chance."""
+def test_a_golden_caption_has_the_kept_statements_and_nothing_else(tokenizer):
+    """Samples of many kinds, random verdicts."""
     rng, n_golden = random.Random(0), 0
     words = [
         f"{place} {color} ring"
@@ -583,7 +579,7 @@ def test_a_golden_caption_says_what_was_kept_and_nothing_else(tokenizer):
 
 
 def test_a_statement_that_was_never_asked_about_is_not_in_the_golden_caption(tokenizer):
-    """There are at most 120 questions, and samples may say more."""
+    """There are at most 120 questions, and samples may have more statements."""
     (row,) = combined(
         [sample(" " + ", ".join(f"thing{k}" for k in range(150))), sample(" thing149, thing148")]
     )
@@ -625,16 +621,13 @@ def test_golden_jsonl_has_the_documented_form(made, whole):
             )
             assert not s["kept"] or s["p_yes"] >= made.threshold
     assert len({Path(row["image"]).name for row in record}) == N_IMAGES
-    found = [s["kept"] for row in record for s in row["statements"]]
-    assert (
-        True in found
-        and False in found
-        and any(s["group"] for row in record for s in row["statements"])
-    )
+    statements = [s for row in record for s in row["statements"]]
+    assert {s["kept"] for s in statements} == {True, False}
+    assert any(s["group"] for s in statements)
 
 
 def test_golden_jsonl_is_what_dpo_reads(made, whole, tmp_path):
-    rows, bad = dpo.read_golden(whole.out / "golden.jsonl")
+    rows, bad = data.read_golden(whole.out / "golden.jsonl")
     written = stages.read_rows(whole.out / "golden.jsonl")
     assert bad == [] and [row["chosen"] for row in rows] == [row["chosen"] for row in written]
     assert [row["rejected"] for row in rows] == [row["rejected"] for row in written]
@@ -666,13 +659,10 @@ def test_golden_jsonl_is_what_dpo_reads(made, whole, tmp_path):
 
 
 def expected_summary(made, out):
-    """The lines on stdout but for the last, from the files: counted anew."""
+    """The lines on stdout except the last, counted again from the files."""
     record, tokenizer = stages.read_rows(out / "record.jsonl"), Tokenizer(made.base)
     reasons = Counter("error" if "error" in row else row.get("left_out") for row in record)
-    told = (
-        ", ".join(f"{reasons[reason]} {reason}" for reason in sorted(reasons.keys() - {None}))
-        or "none left out"
-    )
+    left_out = [f"{reasons[reason]} {reason}" for reason in sorted(reasons.keys() - {None})]
     read = [row for row in record if "error" not in row]
     tokens = [
         s["tokens"]
@@ -686,14 +676,17 @@ def expected_summary(made, out):
         for row in stages.read_rows(out / "golden.jsonl")
     ]
     return [
-        f"{len(record)} images: {reasons[None]} golden rows; {told}",
-        f"{len(tokens)} samples; {len(facts) / len(read):.1f} statements per image, {100 * sum(facts) / len(facts):.1f} % of them kept",
-        f"length in tokens: samples {sum(tokens) / len(tokens):.1f}, golden {sum(chosen) / len(chosen):.1f}",
+        f"{len(record)} images: {reasons[None]} golden rows; "
+        f"{', '.join(left_out) or 'none left out'}",
+        f"{len(tokens)} samples; {len(facts) / len(read):.1f} statements per image, "
+        f"{100 * sum(facts) / len(facts):.1f} % of them kept",
+        f"length in tokens: samples {sum(tokens) / len(tokens):.1f}, "
+        f"golden {sum(chosen) / len(chosen):.1f}",
     ]
 
 
 def test_the_summary_counts_what_is_in_the_files(made, whole):
-    *lines, last = whole.said.splitlines()
+    *lines, last = whole.stdout.splitlines()
     assert lines == expected_summary(made, whole.out)
     assert re.fullmatch(
         r"seconds per image on a rank: "
@@ -712,7 +705,7 @@ def test_the_page_is_written_and_needs_nothing_else(made, whole):
     )
 
 
-def test_the_threshold_is_the_calibrated_one_where_none_is_given(made, copied):
+def test_the_default_threshold_is_the_calibrated_one(made, copied):
     for path in copied.glob("compose-*.jsonl"):
         path.unlink()
     assert stages.run(golden, *without_threshold(flags(made, copied))) == 0
@@ -739,12 +732,12 @@ def test_the_passes_one_by_one_make_the_same_files(made, whole, tmp_path, capsys
         assert {path.name for path in out.glob("*-*.jsonl")} == {
             f"{done}-0.jsonl" for done in golden.PASSES[: k + 1]
         }
-        said = capsys.readouterr().out
+        stdout = capsys.readouterr().out
         if what == "compose":
-            assert said.splitlines()[:-1] == expected_summary(made, out)
+            assert stdout.splitlines()[:-1] == expected_summary(made, out)
         else:
             assert re.fullmatch(
-                rf"{what}: {N_IMAGES} images done, \d+\.\d+ seconds per image on a rank\n", said
+                rf"{what}: {N_IMAGES} images done, \d+\.\d+ seconds per image on a rank\n", stdout
             )
             assert not (out / "record.jsonl").exists()
     assert contents(out) == contents(whole.out)
@@ -753,7 +746,7 @@ def test_the_passes_one_by_one_make_the_same_files(made, whole, tmp_path, capsys
 @pytest.mark.parametrize(
     "passes, expected_code, expected_word",
     [
-        ("tell", 2, "--passes: want some of sample,combine,verify,compose"),
+        ("look", 2, "--passes: want some of sample,combine,verify,compose"),
         ("sample,verfy", 2, "--passes"),
         ("", 2, "--passes"),
         ("combine", 1, "nothing to combine; run the pass before it first"),
@@ -762,12 +755,14 @@ def test_the_passes_one_by_one_make_the_same_files(made, whole, tmp_path, capsys
         ("verify,compose", 1, "nothing to verify"),
     ],
 )
-def test_a_wrong_pass_is_told(made, tmp_path, loads, capsys, passes, expected_code, expected_word):
+def test_a_wrong_pass_is_an_error_in_one_line(
+    made, tmp_path, loads, capsys, passes, expected_code, expected_word
+):
     assert stages.run(golden, *flags(made, tmp_path / "out", "--passes", passes)) == expected_code
     assert expected_word in last_line(capsys) and not loads
 
 
-def test_a_pass_left_out_in_the_middle_is_told(made, tmp_path, capsys):
+def test_a_pass_left_out_in_the_middle_is_an_error_in_one_line(made, tmp_path, capsys):
     (tmp_path / "one").mkdir()
     shutil.copy(made.scenes / "00000.png", tmp_path / "one")
     code = stages.run(
@@ -781,19 +776,19 @@ def test_a_pass_left_out_in_the_middle_is_told(made, tmp_path, capsys):
 @pytest.fixture
 def forwards(monkeypatch):
     """(ids, branch) of every forward of the model that has branches."""
-    found, forward = [], QwenVL.forward
+    calls, forward = [], QwenVL.forward
 
     def recording(self, ids, *args, branch=None, **kwargs):
         if branch is not None:
-            found.append((ids[0].tolist(), branch[0].tolist()))
+            calls.append((ids[0].tolist(), branch[0].tolist()))
         return forward(self, ids, *args, branch=branch, **kwargs)
 
     monkeypatch.setattr(QwenVL, "forward", recording)
-    return found
+    return calls
 
 
 def again(out, *passes):
-    """Have passes of a finished folder done again."""
+    """Delete passes of a finished folder, so that they are redone."""
     for what in passes:
         for path in out.glob(f"{what}-*.jsonl"):
             path.unlink()
@@ -803,9 +798,9 @@ def test_p_yes_is_that_of_each_question_asked_alone(made, copied, monkeypatch):
     calls = []
 
     def recording(model, pixels, questions):
-        found = yes_probability(model, pixels, questions)
-        calls.append((pixels, questions, found))
-        return found
+        p_yes = yes_probability(model, pixels, questions)
+        calls.append((pixels, questions, p_yes))
+        return p_yes
 
     monkeypatch.setattr(golden, "yes_probability", recording)
     again(copied, "verify", "compose")
@@ -815,18 +810,16 @@ def test_p_yes_is_that_of_each_question_asked_alone(made, copied, monkeypatch):
     adapters.load(model, made.qa)
     record = stages.read_rows(copied / "record.jsonl")
     assert len(calls) == len(record) == N_IMAGES
-    for row, (pixels, questions, found) in zip(record, calls):
+    for row, (pixels, questions, p_yes) in zip(record, calls):
         assert questions == [s["question"] for s in row["statements"]]
         assert torch.equal(pixels, views(open_image(copied / row["image"]), SIDE))
         alone = torch.cat([yes_probability(model, pixels, [question]) for question in questions])
-        assert (alone - found).abs().max() <= 1e-5
+        assert (alone - p_yes).abs().max() <= 1e-5
         assert (alone - torch.tensor([s["p_yes"] for s in row["statements"]])).abs().max() <= 1e-4
     assert len({s["p_yes"] for row in record for s in row["statements"]}) > 20
 
 
-def test_a_question_stands_alone_behind_the_image_without_any_caption(
-    made, whole, copied, forwards
-):
+def test_a_question_follows_the_image_alone_without_any_caption(made, whole, copied, forwards):
     again(copied, "verify", "compose")
     assert stages.run(golden, *flags(made, copied)) == 0
     model = QwenVL.from_pretrained(made.base)
@@ -854,8 +847,44 @@ def test_a_question_stands_alone_behind_the_image_without_any_caption(
     assert contents(copied) == contents(whole.out)
 
 
+# ---------------------------------------------------------------- views
+def with_views(folder, copy, boxes):
+    """A copy of an adapter folder as if it had been trained on these views."""
+    shutil.copytree(folder, copy)
+    card = json.loads((copy / "adapters.json").read_text())
+    (copy / "adapters.json").write_text(json.dumps({**card, "views": boxes}))
+    return copy
+
+
+@pytest.mark.parametrize("more", [(), ("--views", "one")])
+def test_the_views_are_those_of_the_captioner(made, tmp_path, forwards, monkeypatch, more):
+    captioner = with_views(made.captioner, tmp_path / "sft", LAYOUTS["one"])
+    qa = with_views(made.qa, tmp_path / "qa", LAYOUTS["one"])
+    shapes = []
+
+    def recording(model, pixels, *args):
+        shapes.append(tuple(pixels.shape))
+        return golden_sample(model, pixels, *args)
+
+    golden_sample = golden.sample
+    monkeypatch.setattr(golden, "sample", recording)
+    argv = flags(made, tmp_path / "out", "--captioner", captioner, "--qa", qa, *more)
+    assert stages.run(golden, *argv) == 0
+    assert shapes == [(N_IMAGES, 1, 3, SIDE, SIDE)]
+    model = QwenVL.from_pretrained(made.base)
+    prefix = model.image_prompt(1, "")
+    assert forwards and all(
+        ids[: len(prefix)] == prefix and branch.count(0) == len(prefix) for ids, branch in forwards
+    )
+
+
+def test_other_views_than_the_captioner_s_are_refused(made, tmp_path, loads, capsys):
+    assert stages.run(golden, *flags(made, tmp_path / "out", "--views", "five")) == 1
+    assert "views" in last_line(capsys) and not loads and not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------- broken images
-def test_broken_images_are_error_rows_and_mended_ones_are_done_on_request(
+def test_broken_images_are_error_rows_and_repaired_ones_are_redone_on_request(
     made, whole, tmp_path, loads, capsys
 ):
     photos, out = tmp_path / "photos", tmp_path / "out"
@@ -872,20 +901,20 @@ def test_broken_images_are_error_rows_and_mended_ones_are_done_on_request(
 
     assert stages.run(golden, *argv) == 0 and len(loads) == 2
     assert capsys.readouterr().out.splitlines()[:-1] == expected_summary(made, out)
-    found = record()
-    assert found.keys() == {*names_in(made), "text.png"}
-    assert found["00002.png"].keys() == found["text.png"].keys() == {"image", "error"}
-    assert "00002.png" in found["00002.png"]["error"] and "damaged" in found["00002.png"]["error"]
-    assert "cannot be read as any of JPEG, PNG" in found["text.png"]["error"]
+    rows = record()
+    assert rows.keys() == {*names_in(made), "text.png"}
+    assert rows["00002.png"].keys() == rows["text.png"].keys() == {"image", "error"}
+    assert "00002.png" in rows["00002.png"]["error"] and "damaged" in rows["00002.png"]["error"]
+    assert "cannot be read as any of JPEG, PNG" in rows["text.png"]["error"]
     assert "2 error" in expected_summary(made, out)[0]
-    for name in found.keys() - {"00002.png", "text.png"}:
-        assert found[name] == {**expected[name], "image": f"../photos/{name}"}
+    for name in rows.keys() - {"00002.png", "text.png"}:
+        assert rows[name] == {**expected[name], "image": f"../photos/{name}"}
     assert (out / "index.html").read_text().count(
         "cannot be read"
     ) == 4  # as error, and in the picture's place
     before = everything(out)
 
-    # ---- nothing is done again, mended or not
+    # ---- nothing is redone, repaired or not
     assert stages.run(golden, *argv) == 0 and len(loads) == 2 and everything(out) == before
     shutil.copy(made.scenes / "00002.png", photos)
     shutil.copy(made.scenes / "00003.png", photos / "text.png")
@@ -927,10 +956,11 @@ def test_an_image_that_breaks_between_passes_is_an_error_row(made, tmp_path):
     assert (out / "index.html").read_text().count("<article>") == 3
 
 
-# ---------------------------------------------------------------- going on
+# ---------------------------------------------------------------- resuming
 def test_ranks_come_and_go_and_a_kill_loses_nothing(made, whole, tmp_path):
-    """Two ranks, one killed while it writes; then one, killed between two rows; then three; then nothing is left to do."""
-    argv, report, out = flags(made, tmp_path / "out"), tmp_path / "report", tmp_path / "out"
+    """Two ranks, one killed as it writes; one, killed between rows; three; then all is done."""
+    out, report = tmp_path / "out", tmp_path / "report"
+    argv = flags(made, out, "--workers", 2)
     assert [shards.owner(name, 2) for name in names_in(made)].count(1) >= 3
     codes = stages.run_ranks("golden", argv, report, 2, at=(1, ("sample", 2, True), signal.SIGKILL))
     assert codes[1] == -9 and codes[0] != 0
@@ -950,10 +980,9 @@ def test_ranks_come_and_go_and_a_kill_loses_nothing(made, whole, tmp_path):
     for what in golden.PASSES:
         assert sorted(rows_of(out, what)) == names_in(made)
     assert len({path.name for path in out.glob("compose-*.jsonl")}) > 1
-    said = (tmp_path / "last").read_text()
-    assert said.count("golden rows") == 1 and all(
-        line in said for line in expected_summary(made, out)
-    )
+    output = (tmp_path / "last").read_text()
+    assert output.count("golden rows") == 1
+    assert all(line in output for line in expected_summary(made, out))
     before = everything(out)
     assert stages.run_ranks("golden", argv, tmp_path / "last", 2) == [0, 0]
     assert everything(out) == before
@@ -974,9 +1003,11 @@ def test_a_kill_in_each_pass_loses_nothing(made, whole, tmp_path, torn):
 
 
 def test_twenty_kills_at_random_moments_lose_nothing(made, whole, tmp_path):
-    """One to three ranks, ended without warning at any point of their work; whenever they get to its end, another folder.
+    """One to three ranks, ended without warning at any point of their work. When a run gets to its
+    end, the next one begins in a new folder.
 
-    The moments are spread over the processor time that a run takes, about; it adapts, so that one of three gets there.
+    The moments are spread over about the processor time of a run, and adapted so that one run of
+    three gets to its end.
     """
     rng, folder, kills, report = random.Random(0), 0, 0, tmp_path / "report"
     (tmp_path / "photos").mkdir()
@@ -1022,7 +1053,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(made, whole, tmp_path):
 
 
 def test_a_torn_last_line_is_done_again(made, whole, copied):
-    """In the file of this rank and in that of one that is not there any more, in every pass."""
+    """In the file of this rank and of one that is gone, in every pass."""
     for what in golden.PASSES:
         own = copied / f"{what}-0.jsonl"
         lines = own.read_bytes().splitlines(keepends=True)
@@ -1039,15 +1070,15 @@ def test_a_rank_without_images_waits_for_the_others(made, tmp_path):
     """It has nothing to combine before the others have sampled."""
     photos = tmp_path / "photos"
     photos.mkdir()
-    mine = [name for name in names_in(made) if shards.owner(name, 3) == 2][:2]
-    for name in mine:
+    names = [name for name in names_in(made) if shards.owner(name, 3) == 2][:2]
+    for name in names:
         shutil.copy(made.scenes / name, photos)
-    assert mine
+    assert names
     argv = flags(made, tmp_path / "out", "--images", photos)
     assert stages.run_ranks("golden", argv, tmp_path / "report", 3) == [0, 0, 0], (
         tmp_path / "report"
     ).read_text()
-    assert len(stages.read_rows(tmp_path / "out/record.jsonl")) == len(mine)
+    assert len(stages.read_rows(tmp_path / "out/record.jsonl")) == len(names)
 
 
 def test_new_images_are_added(made, whole, tmp_path):
@@ -1171,8 +1202,8 @@ def test_a_wrong_path_is_one_line(made, tmp_path, monkeypatch, loads, capsys):
     other = write_tiny_base(tmp_path / "other", seed=5)
     argv = without_threshold(flags(made, "out"))
     for more, expected in (
-        (("--images", "gone"), "--images gone: is no folder"),
-        (("--images", "file"), "--images file: is no folder"),
+        (("--images", "gone"), "--images gone: is not a folder"),
+        (("--images", "file"), "--images file: is not a folder"),
         (("--images", "empty"), "empty: no images in it"),
         (("--captioner", "gone"), "gone: no adapters.json"),
         (("--qa", "gone"), "gone: no adapters.json"),
@@ -1207,7 +1238,7 @@ def test_a_wrong_path_is_one_line(made, tmp_path, monkeypatch, loads, capsys):
         ("--samples", "many"),
         ("--max-new-tokens", 0),
         ("--batch", 0),
-        ("--workers", 0),
+        ("--workers", -1),
         ("--min-votes", 0),
         ("--min-statements", 0),
         ("--temperature", -1),
@@ -1224,10 +1255,11 @@ def test_a_wrong_path_is_one_line(made, tmp_path, monkeypatch, loads, capsys):
         ("--tool", "http://localhost:9/v1"),
         ("--tool-tokens", 0),
         ("--dtype", "int8"),
+        ("--views", "seven"),
         ("--unknown", 1),
     ],
 )
-def test_a_wrong_number_is_told_by_its_flag(made, tmp_path, capsys, more):
+def test_a_wrong_value_is_an_error_that_names_the_flag(made, tmp_path, capsys, more):
     assert stages.run(golden, *flags(made, tmp_path / "out", *more)) == 2
     line = last_line(capsys)
     assert ": error: " in line and more[0] in line and not (tmp_path / "out").exists()
@@ -1270,7 +1302,7 @@ def test_captioner_and_tool_are_never_in_memory_together(made, tmp_path, loads, 
 
 
 @pytest.mark.parametrize("what", golden.PASSES)
-def test_a_full_disk_is_one_line_and_the_next_run_goes_on(
+def test_a_full_disk_is_one_line_and_the_next_run_continues(
     made, whole, copied, monkeypatch, capsys, what
 ):
     again(copied, *golden.PASSES[golden.PASSES.index(what) :])
@@ -1288,6 +1320,9 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return self.file.write(line if self.rows < 4 else line[: len(line) // 2])
 
+        def close(self):
+            self.file.close()
+
     def starting(self, *args):
         start(self, *args)
         self.file = Full(self.file)
@@ -1297,7 +1332,8 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(
         assert stages.run(golden, *flags(made, copied)) == 1
     line = last_line(capsys)
     assert line == (
-        f"golden.py: {copied}/{what}-0.jsonl: No space left on device; make room and run the same command again"
+        f"golden.py: {copied}/{what}-0.jsonl: No space left on device; "
+        "make room and run the same command again"
     )
     assert len(rows_of(copied, what)) == 3
     assert stages.run(golden, *flags(made, copied)) == 0
@@ -1345,7 +1381,7 @@ def test_any_name_comes_out_as_a_row_and_as_text_on_the_page(made, tmp_path):
     )
     assert all((out / row["image"]).is_file() for row in record)
     assert [row["image"] for row in record if "error" in row] == ["../photos/<i>broken\udcff.png"]
-    rows, bad = dpo.read_golden(out / "golden.jsonl")
+    rows, bad = data.read_golden(out / "golden.jsonl")
     assert (
         bad == []
         and {row["image"] for row in rows} <= {out / f"../photos/{name}" for name in names}
@@ -1370,7 +1406,7 @@ def test_a_folder_that_is_a_link_has_paths_that_lead_to_the_images(made, copied,
     rows = stages.read_rows(out / "record.jsonl")
     assert all((out / row["image"]).samefile(made.scenes / Path(row["image"]).name) for row in rows)
     assert "no such image" not in (out / "index.html").read_text()
-    assert dpo.read_golden(out / "golden.jsonl")[1] == []
+    assert data.read_golden(out / "golden.jsonl")[1] == []
 
 
 INJECTIONS = {
@@ -1380,7 +1416,7 @@ INJECTIONS = {
 }
 
 
-def test_captions_are_data_whatever_they_say(made, tmp_path, monkeypatch, forwards):
+def test_captions_are_data_whatever_their_text(made, tmp_path, monkeypatch, forwards):
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
     for name in INJECTIONS:
@@ -1430,7 +1466,7 @@ def test_captions_are_data_whatever_they_say(made, tmp_path, monkeypatch, forwar
     assert (
         len(forwards) == 3 and asked and max(asked) < tokenizer.eos_id
     )  # the special tokens' ids come after it
-    rows, bad = dpo.read_golden(out / "golden.jsonl")
+    rows, bad = data.read_golden(out / "golden.jsonl")
     fitting, n_long = dpo.encode_rows(tokenizer, rows, 86)
     assert not bad and len(fitting) == 3 and not n_long
     assert all(max(row["chosen_ids"][:-1]) < tokenizer.eos_id for row in fitting)

@@ -1,4 +1,4 @@
-"""page.py: what stands on the page of a record, and that nothing in the record becomes anything else than text."""
+"""page.py: what the page of a record shows, and that the record's text stays text."""
 
 import base64
 import io
@@ -51,7 +51,10 @@ def record_row(image, **more):
 
 
 class Read(HTMLParser):
-    """What a browser makes of a page: elements [(tag, attributes, text directly inside)]; void and unclosed ones are seen."""
+    """What a browser makes of a page: elements [tag, attributes, text directly inside].
+
+    Fails where an end tag closes another element.
+    """
 
     def __init__(self, text):
         super().__init__()
@@ -143,8 +146,8 @@ def test_a_broken_image_is_a_line_with_the_reason(tmp_path):
 # ---------------------------------------------------------------- statements and rows
 @pytest.mark.parametrize("kept, expected", [(True, "s kept"), (False, "s refused")])
 def test_a_statement_has_its_verdict_as_class_and_its_numbers_as_data(kept, expected):
-    found = page.statement(fact("red ring", 0.0625, kept, 3, "top 3"))
-    ((attributes, text),) = Read(found).all("span")
+    span = page.statement(fact("red ring", 0.0625, kept, 3, "top 3"))
+    ((attributes, text),) = Read(span).all("span")
     assert text == "red ring"
     assert attributes["class"] == expected
     assert attributes["data-exact"] == "0.0625" and attributes["data-p"] == "0.06"
@@ -167,7 +170,7 @@ def test_a_row_shows_samples_statements_and_golden_caption(tmp_path):
     assert not read.all("p", "reason") and len(read.all("img")) == 1
 
 
-def test_a_row_that_was_left_out_says_why(tmp_path):
+def test_a_row_that_was_left_out_shows_why(tmp_path):
     picture(tmp_path / "a.png")
     row = record_row(
         "a.png", chosen=None, rejected=[], statements=[], combined="", left_out="nothing <b>kept"
@@ -229,11 +232,11 @@ def test_nothing_in_a_row_becomes_anything_but_text(tmp_path):
         read.all("b")
     ) == 1  # the page's own one
     assert not any(key.startswith("on") for _, attributes, _ in read.elements for key in attributes)
-    assert [found for _, found in read.all("span", "s")][2:] == [
+    assert [inside for _, inside in read.all("span", "s")][2:] == [
         NASTY
     ] * 4  # after those of the header
-    assert [found for _, found in read.all("p", "golden")] == [NASTY] * 4
-    assert sorted(found for _, found in read.all("h2")) == sorted([*names[:3], "?.png", names[0]])
+    assert [inside for _, inside in read.all("p", "golden")] == [NASTY] * 4
+    assert sorted(inside for _, inside in read.all("h2")) == sorted([*names[:3], "?.png", names[0]])
     assert len(read.all("img")) == 5
 
 
@@ -248,7 +251,7 @@ def test_the_page_is_one_file_that_refers_to_nothing_outside(tmp_path):
     assert re.findall(r'\bsrc="(.*?)"', rest) == ["", ""]
 
 
-def test_the_threshold_stands_on_the_page_and_in_its_script(tmp_path):
+def test_the_threshold_is_on_the_page_and_in_its_script(tmp_path):
     picture(tmp_path / "a.png")
     text = written(tmp_path, [record_row("a.png")], threshold=0.123456)
     assert "const THRESHOLD = 0.123456;" in text and "at P(yes) 0.12;" in text
@@ -260,11 +263,11 @@ def test_of_many_rows_a_hundred_are_drawn_by_the_seed_and_stay_in_order(tmp_path
     picture(tmp_path / "a.png", 4, 4)
     rows = [{**record_row("a.png"), "chosen": f"row {k:03d} ä"} for k in range(137)]
     text = written(tmp_path, rows)
-    shown = [found for _, found in Read(text).all("p", "golden")]
+    shown = [inside for _, inside in Read(text).all("p", "golden")]
     assert len(set(shown)) == page.ROWS == 100 and shown == sorted(shown)
     assert "Golden samples: 100 of 137 images" in text and '<b id="shown">100</b>' in text
     assert text == written(tmp_path, rows)
-    other = [found for _, found in Read(written(tmp_path, rows, seed=1)).all("p", "golden")]
+    other = [inside for _, inside in Read(written(tmp_path, rows, seed=1)).all("p", "golden")]
     assert len(set(other)) == 100 and other != shown
-    few = [found for _, found in Read(written(tmp_path, rows[:7])).all("p", "golden")]
+    few = [inside for _, inside in Read(written(tmp_path, rows[:7])).all("p", "golden")]
     assert few == [row["chosen"] for row in rows[:7]]

@@ -1,4 +1,4 @@
-"""shards.py: which rank owns an image, what counts as done, and files that go on where a kill left them."""
+"""shards.py: who owns an image, what counts as done, and files that a kill cannot damage."""
 
 import errno
 import json
@@ -20,23 +20,20 @@ def rank_of(rank, world):
     return SimpleNamespace(rank=rank, world=world, is_master=rank == 0)
 
 
-def numbers(work=None, seen=None):
-    """A make_work whose rows get "n", the length of their name; seen collects the images that are worked on."""
-
-    def make():
-        def rows(found):
-            for row in found:
-                if seen is not None:
-                    seen.append(row["image"])
-                yield {**row, "n": len(row["image"])} if work is None else work(row)
-
-        return rows
-
-    return make
+def length(row):
+    return {**row, "n": len(row["image"])}
 
 
-def no_work():
-    raise AssertionError("there is nothing to do, and so nothing to open")
+def no_work(row):
+    raise AssertionError("there is nothing to do")
+
+
+def run_pass(out, ranks, name, work, images=(), **how):
+    """Do a pass that makes work(row) of each row -> (images done, seconds)."""
+    with shards.Pass(out, ranks, name, images, **how) as todo:
+        for row in todo.rows():
+            todo.write(work(row))
+    return todo.count, todo.seconds
 
 
 # ---------------------------------------------------------------- owners
@@ -55,15 +52,14 @@ def test_an_owner_is_the_hash_of_the_name():
 @pytest.mark.parametrize("world", [2, 3, 6, 48])
 def test_images_spread_evenly_over_the_ranks(world):
     n = 400 * world
-    found = Counter(shards.owner(f"folder/{k:06d}.jpg", world) for k in range(n))
-    assert sorted(found) == list(range(world))
-    assert (
-        sum((count - 400) ** 2 / 400 for count in found.values()) < world + 4 * (2 * world) ** 0.5
-    )  # chi-squared
+    owned = Counter(shards.owner(f"folder/{k:06d}.jpg", world) for k in range(n))
+    assert sorted(owned) == list(range(world))
+    chi_squared = sum((count - 400) ** 2 / 400 for count in owned.values())
+    assert chi_squared < world + 4 * (2 * world) ** 0.5
 
 
 # ---------------------------------------------------------------- what is done
-def test_finished_finds_the_rows_of_all_ranks_and_a_torn_line_is_none(tmp_path):
+def test_finished_finds_the_rows_of_all_ranks_but_no_torn_line(tmp_path):
     write_rows(tmp_path / "look-0.jsonl", [{"image": "a", "n": 1}, {"image": "ä\n", "n": 2}])
     write_rows(tmp_path / "look-12.jsonl", [{"image": "c", "n": 3}])
     write_rows(tmp_path / "other-0.jsonl", [{"image": "x", "n": 4}])
@@ -79,7 +75,7 @@ def test_finished_finds_the_rows_of_all_ranks_and_a_torn_line_is_none(tmp_path):
     assert shards.finished(tmp_path, "nothing") == ({}, set())
 
 
-def test_an_error_is_forgotten_when_it_was_done_again_in_whatever_file(tmp_path):
+def test_a_good_row_replaces_an_error_of_the_image_in_whatever_file(tmp_path):
     write_rows(
         tmp_path / "look-0.jsonl",
         [{"image": "a", "error": "e"}, {"image": "b", "n": 1}, {"image": "c", "error": "e"}],
@@ -100,8 +96,8 @@ def test_an_error_is_forgotten_when_it_was_done_again_in_whatever_file(tmp_path)
 
 @pytest.mark.parametrize("whole", [0, 1, 3])
 @pytest.mark.parametrize("torn", [0, 1, 70_000, 140_000])
-def test_an_appender_cuts_a_torn_line_off_and_goes_on(tmp_path, whole, torn):
-    """Also one that is longer than what it reads at once."""
+def test_an_appender_cuts_off_a_torn_line_and_continues(tmp_path, whole, torn):
+    """Also a line longer than the block that it reads at once."""
     rows = [{"image": str(k), "text": "x" * 60_000} for k in range(whole)]
     path = write_rows(tmp_path / "look-3.jsonl", rows)
     with path.open("a") as file:
@@ -118,7 +114,7 @@ def test_a_line_is_there_as_soon_as_it_is_written_and_is_plain_ascii(tmp_path):
 
 
 class Full:
-    """A file on a disk with room for so many bytes more."""
+    """A file on a disk with room for only `room` more bytes."""
 
     def __init__(self, file, room):
         self.file, self.room = file, room
@@ -126,13 +122,13 @@ class Full:
     def write(self, data):
         if not self.room:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        taken = self.file.write(data[: self.room])  # as the system does: a part is no error
+        taken = self.file.write(data[: self.room])  # as the system does, without an error
         self.room -= taken
         return taken
 
 
 @pytest.mark.parametrize("room", [0, 1, 30])
-def test_a_full_disk_is_told_and_what_got_there_is_cut_off_by_the_next_run(tmp_path, room):
+def test_a_full_disk_is_reported_and_the_next_run_cuts_off_the_partial_line(tmp_path, room):
     appender = shards.Appender(tmp_path, "look", 0)
     appender.write({"image": "a"})
     appender.file = Full(appender.file, room)
@@ -151,28 +147,35 @@ def test_a_pass_does_each_image_once_with_any_number_of_ranks(tmp_path):
     rng, names = random.Random(0), [f"{k}.png" for k in range(60)]
     rng.shuffle(names)
     for until, world in ((10, 2), (25, 3), (25, 1), (40, 7), (60, 2)):
-        source, seen = dict.fromkeys(names[:until]), []
+        seen = []
+
+        def look(row, seen=seen):
+            seen.append(row["image"])
+            return length(row)
+
         for rank in rng.sample(range(world), world):
             before = len(seen)
-            n, seconds = shards.run_pass(
-                tmp_path, rank_of(rank, world), "look", source, numbers(seen=seen)
-            )
+            n, seconds = run_pass(tmp_path, rank_of(rank, world), "look", look, names[:until])
             assert n == len(seen) - before and seconds >= 0
             assert seen[before:] == sorted(seen[before:])
             assert {shards.owner(name, world) for name in seen[before:]} <= {rank}
     rows = [row for path in tmp_path.glob("look-*.jsonl") for row in read_rows(path)]
     assert sorted(row["image"] for row in rows) == sorted(names)
     assert all(row["n"] == len(row["image"]) for row in rows)
-    assert shards.run_pass(tmp_path, ALONE, "look", source, no_work) == (0, 0.0)
+    assert run_pass(tmp_path, ALONE, "look", no_work, names) == (0, 0.0)
+
+
+def test_a_pass_without_anything_to_do_leaves_no_file(tmp_path):
+    run_pass(tmp_path, ALONE, "look", length, "ab")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert run_pass(tmp_path, rank_of(1, 2), "look", no_work, "ab") == (0, 0.0)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_pass_reads_the_rows_of_the_one_before_and_hands_its_errors_on(tmp_path):
     write_rows(tmp_path / "one-0.jsonl", [{"image": "b", "n": 2}, {"image": "a", "error": "torn"}])
     write_rows(tmp_path / "one-5.jsonl", [{"image": "c", "n": 3}])
-    source, _ = shards.finished(tmp_path, "one")
-    shards.run_pass(
-        tmp_path, ALONE, "two", source, numbers(lambda row: {**row, "m": 10 * row["n"]})
-    )
+    run_pass(tmp_path, ALONE, "two", lambda row: {**row, "m": 10 * row["n"]}, before="one")
     assert read_rows(tmp_path / "two-0.jsonl") == [
         {"image": "b", "n": 2, "m": 20},
         {"image": "c", "n": 3, "m": 30},
@@ -180,45 +183,51 @@ def test_a_pass_reads_the_rows_of_the_one_before_and_hands_its_errors_on(tmp_pat
     ]
 
 
+def test_where_only_errors_are_left_they_are_handed_on_without_any_work(tmp_path):
+    write_rows(tmp_path / "one-0.jsonl", [{"image": name, "error": "torn"} for name in "ba"])
+    with shards.Pass(tmp_path, ALONE, "two", before="one") as todo:
+        assert todo.images == [] and todo.source.keys() == {"a", "b"}
+    assert todo.count == 2
+    assert read_rows(tmp_path / "two-0.jsonl") == [{"image": k, "error": "torn"} for k in "ab"]
+    assert run_pass(tmp_path, ALONE, "two", no_work, before="one") == (0, 0.0)
+
+
 def test_errors_are_done_again_only_when_that_is_asked_for(tmp_path):
-    source, broken = dict.fromkeys("abcd"), {"b", "d"}
+    images, broken = "abcd", {"b", "d"}
 
     def look(row):
         return {**row, "error": "broken"} if row["image"] in broken else {**row, "n": 1}
 
-    shards.run_pass(tmp_path, ALONE, "look", source, numbers(look))
-    assert shards.run_pass(tmp_path, ALONE, "look", source, no_work) == (0, 0.0)
+    run_pass(tmp_path, ALONE, "look", look, images)
+    assert run_pass(tmp_path, ALONE, "look", no_work, images) == (0, 0.0)
     broken.discard("d")
-    assert (
-        shards.run_pass(tmp_path, ALONE, "look", source, numbers(look), retry_errors=True)[0] == 2
-    )
+    assert run_pass(tmp_path, ALONE, "look", look, images, retry_errors=True)[0] == 2
     assert [row["image"] for row in read_rows(tmp_path / "look-0.jsonl")] == list("abcdbd")
     places, failed = shards.finished(tmp_path, "look")
-    assert failed == {"b"} and [
-        row.get("n") for row in shards.rows_at(places[name] for name in "abcd")
-    ] == [1, None, 1, 1]
+    rows = shards.rows_at(places[name] for name in "abcd")
+    assert failed == {"b"} and [row.get("n") for row in rows] == [1, None, 1, 1]
     broken.clear()
-    assert (
-        shards.run_pass(
-            tmp_path, rank_of(shards.owner("b", 2), 2), "look", source, numbers(look), True
-        )[0]
-        == 1
-    )
-    assert shards.run_pass(tmp_path, ALONE, "look", source, no_work, retry_errors=True) == (0, 0.0)
+    rank = rank_of(shards.owner("b", 2), 2)
+    assert run_pass(tmp_path, rank, "look", look, images, retry_errors=True)[0] == 1
+    assert run_pass(tmp_path, ALONE, "look", no_work, images, retry_errors=True) == (0, 0.0)
 
 
 def test_what_was_done_before_a_pass_broke_off_is_kept(tmp_path):
+    write_rows(tmp_path / "one-0.jsonl", [{"image": name} for name in "abcd"])
+    write_rows(tmp_path / "one-1.jsonl", [{"image": "e", "error": "torn"}])
+
     def look(row):
         if row["image"] == "c":
             raise InputError("enough")
         return {**row, "n": 1}
 
     with pytest.raises(InputError, match="enough"):
-        shards.run_pass(tmp_path, ALONE, "look", dict.fromkeys("abcd"), numbers(look))
+        run_pass(tmp_path, ALONE, "look", look, before="one")
     assert [row["image"] for row in read_rows(tmp_path / "look-0.jsonl")] == ["a", "b"]
     seen = []
-    shards.run_pass(tmp_path, ALONE, "look", dict.fromkeys("abcd"), numbers(seen=seen))
+    run_pass(tmp_path, ALONE, "look", lambda row: seen.append(row["image"]) or row, before="one")
     assert seen == ["c", "d"]
+    assert [row["image"] for row in read_rows(tmp_path / "look-0.jsonl")] == list("abcde")
 
 
 # ---------------------------------------------------------------- settings
