@@ -3,13 +3,13 @@
 READS   images; a base (Hub name or folder); an adapter folder, if there is one
 WRITES  captions to stdout, as text or JSON lines; what was used and what went wrong to stderr
 
-    python caption.py img.jpg                               # Qwen/Qwen-VL, with the newest adapters under out/
-    python caption.py --base assets/toy assets/toy/examples/*.png
-    python caption.py photos/ --n 4 --temperature 1 --jsonl > captions.jsonl
+    python caption.py img.jpg                               # Qwen/Qwen-VL, newest adapters under
+    out/ python caption.py --base assets/toy assets/toy/examples/*.png python caption.py photos/ --n
+    4 --temperature 1 --jsonl > captions.jsonl
 """
 import argparse
+import functools
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -18,9 +18,10 @@ import torch
 from tqdm import tqdm
 
 import adapters
-from chunking import BOXES, views
+from chunking import LAYOUTS, views
 from generate import MOST_AT_ONCE, images_at_once, room_left, sample, without_loop
 from model import QwenVL
+from plumbing import arguments, data
 from plumbing.errors import InputError
 from plumbing.images import find_images, open_image
 
@@ -29,37 +30,39 @@ DEFAULT_BASE = "Qwen/Qwen-VL"
 
 def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders to search for images")
-    p.add_argument("--base", help=f"Hub name or folder of the base (default: the adapters' own, else {DEFAULT_BASE})")
-    p.add_argument("--adapters", help="folder of a training stage, or none (default: the folder that out/best.txt "
-                   "names, else the newest out/dpo*, else out/sft, else none)")
-    p.add_argument("--jsonl", action="store_true", help="print JSON objects: image, caption, finish, tokens; or error")
-    p.add_argument("--n", type=int, default=1, help="captions per image (default: 1)")
-    p.add_argument("--temperature", type=float, default=0.0, help="of sampling (default: 0, the likeliest token)")
-    p.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens that hold this share of "
-                   "the probability (default: 1, all)")
-    p.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
-    p.add_argument("--max-new-tokens", type=int, help="longest caption, in tokens (default: what the context leaves)")
-    p.add_argument("--past-context", action="store_true", help="let --max-new-tokens go beyond the trained context")
-    p.add_argument("--batch", type=int, help=f"images at once (default: what memory allows, at most {MOST_AT_ONCE})")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                   help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
-                   help="of the weights (default: bfloat16 on a GPU, float32 on the CPU)")
+    add = p.add_argument
+    add("images", nargs="+", metavar="IMAGE", help="image files, or folders to search for images")
+    add("--base", help=f"Hub name or folder (default: the adapters' base, else {DEFAULT_BASE})")
+    add("--adapters", help="folder of a training stage, or none (default: the folder that "
+        "out/best.txt names, else the newest out/dpo*, else out/sft, else none)")
+    add("--views", choices=tuple(LAYOUTS), help="views of an image; must be those that the "
+        "adapters were trained with (default: those, else six)")
+    add("--jsonl", action="store_true", help="print JSON objects: image, caption, finish, tokens; "
+        "or error")
+    add("--n", type=arguments.count, default=1, help="captions per image (default: 1)")
+    add("--temperature", type=arguments.not_negative, default=0.0, help="of sampling (default: 0, "
+        "the likeliest token)")
+    add("--top-p", type=arguments.share, default=1.0, help="sample from the likeliest tokens that "
+        "hold this share of the probability (default: 1, all)")
+    add("--seed", type=int, default=0, help="of sampling (default: 0)")
+    add("--max-new-tokens", type=arguments.count, help="longest caption, in tokens (default: what "
+        "the context leaves)")
+    add("--past-context", action="store_true", help="let --max-new-tokens go beyond the context")
+    add("--batch", type=arguments.count, help="images at once (default: what memory allows, at "
+        f"most {MOST_AT_ONCE})")
+    add("--workers", type=arguments.count_or_none, default=2, help="processes that decode images "
+        "ahead of the device (default: 2)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add("--dtype", choices=tuple(arguments.DTYPES),
+        help="of the weights (default: bfloat16 on a GPU, float32 on the CPU)")
     args = p.parse_args(argv)
     if not all(args.images):
         p.error("an image's name is empty")
     if args.n > 1 and args.temperature == 0:
-        p.error("--n above 1 needs --temperature above 0: at 0 all captions of an image are the same")
-    for wrong, rule in (
-            (args.n < 1, "--n must be at least 1"),
-            (not 0 <= args.temperature < math.inf, "--temperature must be a number from 0 up"),
-            (not 0 < args.top_p <= 1, "--top-p must be above 0 and at most 1"),
-            (args.max_new_tokens is not None and args.max_new_tokens < 1, "--max-new-tokens must be at least 1"),
-            (args.past_context and args.max_new_tokens is None, "--past-context needs --max-new-tokens"),
-            (args.batch is not None and args.batch < 1, "--batch must be at least 1")):
-        if wrong:
-            p.error(rule)
+        p.error("--n above 1 needs --temperature above 0: at 0 all captions of an image are equal")
+    if args.past_context and args.max_new_tokens is None:
+        p.error("--past-context needs --max-new-tokens")
     return args
 
 
@@ -71,91 +74,115 @@ def default_adapters(out=Path("out")):
         for folder in (best, out / best):
             if (folder / "adapters.json").is_file():
                 return folder
-        raise InputError(f"{out / 'best.txt'} names {str(best)!r}, which is no adapter folder; mend it, or give "
-                         "--adapters")
-    trained = [p for p in (*out.glob("dpo*"), out / "sft") if (p / "adapters.json").is_file()]
-    rounds = [p for p in trained if p.name != "sft"]
-    return max(rounds, key=lambda p: (p / "adapters.json").stat().st_mtime, default=trained[0] if trained else None)
+        raise InputError(f"{out / 'best.txt'} names {str(best)!r}, which is not an adapter folder; "
+                         "correct it, or give --adapters")
+    rounds = [p for p in out.glob("dpo*") if (p / "adapters.json").is_file()]
+    if rounds:
+        return max(rounds, key=lambda p: (p / "adapters.json").stat().st_mtime)
+    return out / "sft" if (out / "sft/adapters.json").is_file() else None
 
 
 def load_model(args):
-    """The base with its adapters, as the arguments say; what is used goes to stderr."""
+    """The base with its adapters, as the arguments say -> model, boxes of the views.
+
+    What is used goes to stderr.
+    """
     folder = None if args.adapters == "none" else args.adapters or default_adapters()
     card = adapters.read_card(folder) if folder else {"base": DEFAULT_BASE}
     base = args.base or card["base"]
-    model = QwenVL.from_pretrained(base, getattr(torch, args.dtype) if args.dtype else None, args.device)
+    model = QwenVL.from_pretrained(base, arguments.DTYPES.get(args.dtype), args.device)
     if folder and not args.adapters and card["fingerprint"] != model.fingerprint:
-        folder = None                           # found, not asked for, and of another base than the one asked for
+        folder = None               # the default folder, but of another base than the one asked for
+    boxes = adapters.views_of(folder, args.views)
     if folder:
         adapters.load(model, folder)
-    print(f"base {base}, {f'adapters {folder}' if folder else 'no adapters, its own caption prompt'}, "
-          f"{str(model.lm_head.weight.dtype).removeprefix('torch.')} on {args.device}", file=sys.stderr)
-    return model
+    used = f"adapters {folder}" if folder else "no adapters, its own caption prompt"
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    print(f"base {base}, {used}, {dtype} on {args.device}", file=sys.stderr)
+    return model, boxes
 
 
 # ---------------------------------------------------------------- captions
+def look(size, boxes, image):
+    """(path, name) of an image -> its views (V, 3, S, S); in a worker process."""
+    path, _ = image
+    return views(open_image(path), size, boxes)
+
+
+def caption_batch(model, args, batch):
+    """Caption pairs ((path, name), views or InputError) -> for each, its results.
+
+    Results are captions {"caption", "finish", "tokens"}, or one {"error"}.
+    """
+    good = [(name, pixels) for (_, name), pixels in batch if not isinstance(pixels, InputError)]
+    captions = iter(())
+    if good:
+        names, pixels = zip(*good)
+        captions = iter(sample(model, torch.stack(pixels), names, args.n, args.max_new_tokens,
+                               args.temperature, args.top_p, args.seed, args.past_context))
+    return [[{"error": str(pixels)}] if isinstance(pixels, InputError) else next(captions)
+            for _, pixels in batch]
+
+
 def show(args, path, result, several):
     """One caption to stdout, an error to stderr; both on one line, and above the progress bar."""
     if "error" in result:
         tqdm.write(f"caption.py: {result['error']}", file=sys.stderr)
     if args.jsonl:
-        tqdm.write(json.dumps({"image": str(path), **result}, ensure_ascii=False), file=sys.stdout)
+        line = json.dumps({"image": str(path), **result}, ensure_ascii=False)
+        tqdm.write(line, file=sys.stdout)
     elif "error" not in result:
-        text = without_loop(result["caption"]) if result["finish"] == "repeat" else result["caption"]
-        text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split())).rstrip(" ,")
         name = str(path) if str(path).isprintable() else repr(str(path))
+        text = one_line(result)
         tqdm.write(f"{name}: {text}" if several else text, file=sys.stdout)
     sys.stdout.flush()
 
 
-def caption_batch(model, args, batch, size):
-    """Caption [(path, name)] -> for each the list of its results: captions, or one {"error"}."""
-    outcome, good = [None] * len(batch), []
-    for i, (path, name) in enumerate(batch):
-        try:
-            good.append((i, name, views(open_image(path), size)))
-        except InputError as error:
-            outcome[i] = [{"error": str(error)}]
-    if good:
-        at, names, pixels = zip(*good)
-        results = sample(model, torch.stack(pixels), names, args.n, args.max_new_tokens, args.temperature, args.top_p,
-                         args.seed, args.past_context)
-        for i, rows in zip(at, results):
-            outcome[i] = rows
-    return outcome
+def one_line(result):
+    """A caption as a person reads it: a loop once, no line breaks, nothing unprintable."""
+    text = result["caption"]
+    if result["finish"] == "repeat":
+        text = without_loop(text)
+    text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+    return text.rstrip(" ,")
 
 
+def caption_all(model, args, images, boxes, at_once):
+    """Caption [(path, name)], decoded ahead of the device, and show the results -> failures."""
+    make = functools.partial(look, model.config.visual.image_size, boxes)
+    bad = 0
+    quiet = True if len(images) <= at_once else None        # None: a bar where stderr is a terminal
+    with tqdm(total=len(images), unit="image", disable=quiet) as bar:
+        for batch in data.ahead(images, make, args.workers, at_once):
+            for ((path, _), _), results in zip(batch, caption_batch(model, args, batch)):
+                for result in results:
+                    show(args, path, result, len(images) > 1)
+                bad += "error" in results[0]
+            bar.update(len(batch))
+    return bad
+
+
+# ---------------------------------------------------------------- main
 def main(argv=None):
     args = parse_args(argv)
     if hasattr(sys.stdout, "reconfigure"):      # a file name need not be text
         sys.stdout.reconfigure(encoding="utf-8" if args.jsonl else None, errors="backslashreplace")
     try:
         images = find_images(args.images)
-        model = load_model(args)
-        size = model.config.visual.image_size
-        room = room_left(model, len(BOXES), args.max_new_tokens, args.past_context)
-        at_once = args.batch or images_at_once(model, len(BOXES), args.n, room)
+        model, boxes = load_model(args)
+        room = room_left(model, len(boxes), args.max_new_tokens, args.past_context)
+        at_once = args.batch or images_at_once(model, len(boxes), args.n, room)
     except InputError as error:
         print(f"caption.py: {error}", file=sys.stderr)
         return 1
-    bad = 0
-    with tqdm(total=len(images), unit="image", disable=None if len(images) > at_once else True) as bar:
-        for first in range(0, len(images), at_once):
-            batch = images[first:first + at_once]
-            try:
-                outcome = caption_batch(model, args, batch, size)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if isinstance(error, RuntimeError) and "memory" not in str(error):
-                    raise
-                print(f"caption.py: {args.device} is out of memory with {len(batch)} images × {args.n} captions; "
-                      "try a smaller --batch, --n or --max-new-tokens", file=sys.stderr)
-                return 1
-            for (path, _), results in zip(batch, outcome):
-                for result in results:
-                    show(args, path, result, len(images) > 1)
-                bad += "error" in results[0]
-            bar.update(len(batch))
-    return 1 if bad else 0
+    try:
+        return 1 if caption_all(model, args, images, boxes, at_once) else 0
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        print(f"caption.py: {args.device} is out of memory with {at_once} images × {args.n} "
+              "captions; try a smaller --batch, --n or --max-new-tokens", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

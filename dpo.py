@@ -1,112 +1,109 @@
-"""Stage 4, preference training: DPO + cross entropy on golden samples, the loop's step that changes the captioner.
+"""Stage 4, preference training: DPO + cross entropy on golden captions make the next captioner.
 
-READS   out/golden/golden.jsonl ({"image", "chosen", "rejected": [{"caption", "finish"}]}); the captioner, out/sft
+READS   out/golden/golden.jsonl ({"image", "chosen", "rejected": [{"caption", "finish"}]}), where
+the
+        chosen caption is the golden one and the rejected ones are the captioner's own samples; the
+        captioner, out/sft
 WRITES  out/dpo: adapters.safetensors, adapters.json, log.jsonl, reference-*.jsonl, resume/
 
     python dpo.py
     torchrun --nproc_per_node 6 dpo.py
-    python dpo.py --init out/dpo --data out/golden-2/golden.jsonl --out out/dpo-2          # the next round
+    python dpo.py --init out/dpo --data out/golden-2/golden.jsonl --out out/dpo-2      # next round
 
-The adapters of both towers train, the soft prompt stays frozen. The chosen caption and its rejected ones are packed
-behind one image prefix, so that the ViT and the prefix run once per row. Decided where the source is silent:
- 1. the reference is the round's start (with --sft-first: the adapters after it); its log-probs are computed once
+    loss = preference(chosen, rejected) + ce · -log p(chosen) / tokens(chosen)
+
+The adapters of both towers train, the soft prompt stays frozen. Decided where the source is silent:
+ 1. the reference is the captioner that the round starts from; its log-probs are computed once
  2. log-probs are summed over caption tokens, and over the end token where a caption really ended
  3. one rejected caption per row and epoch; --max-rejected packs more
- 4. the cross entropy weighs 1 and is divided by the chosen caption's own tokens
+ 4. the cross entropy has weight 1 and is divided by the chosen caption's own tokens, as in
+ iterative
+    RPO (https://arxiv.org/abs/2404.19733, eq. 1)
 """
-import argparse
 import contextlib
-import copy
+import functools
 import hashlib
 import json
-import math
 import random
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import adapters
-from chunking import BOXES, views
+from chunking import LAYOUTS, views
 from generate import sample
 from model import QwenVL
-from plumbing import data, train
+from plumbing import arguments, data, train
 from plumbing.errors import InputError
 from plumbing.images import open_image
-from plumbing.train import ShardedAdamW
+
+LOSSES = ("dpo", "hinge", "ipo", "kto", "none")
+FIGURES = ("preference_loss", "nll_loss", "rewards/chosen", "rewards/rejected", "rewards/margins",
+           "rewards/accuracies", "logps/chosen", "logps/rejected", "logps/chosen_per_token",
+           "logps/rejected_per_token")
 
 
 def parse_args(argv):
-    p = train.stage_parser(__doc__, "out/dpo", "out/golden/golden.jsonl", "golden rows", lr=5e-5, batch=32, epochs=1.0)
-    p.add_argument("--init", type=Path, default=Path("out/sft"), help="adapter folder of the captioner to start from")
-    p.add_argument("--base", help="Hub name or folder of the base, if not where the captioner's training found it")
-    p.add_argument("--loss", choices=("dpo", "hinge", "ipo", "kto", "none"), default="dpo", help="preference loss; "
-                   "none leaves the cross entropy alone")
-    p.add_argument("--beta", type=float, default=0.1, help="its strength; ipo and kto have scales of their own")
-    p.add_argument("--ce", type=float, default=1.0, help="weight of the cross entropy on the chosen caption, 0 = off")
-    p.add_argument("--max-rejected", type=int, default=1, help="rejected captions per row and epoch")
-    p.add_argument("--sft-first", action=argparse.BooleanOptionalAction, default=False, help="first a short SFT on the "
-                   "chosen captions, then used as start and reference")
-    p.add_argument("--sft-epochs", type=float, default=1.0, help="length of that SFT")
-    p.add_argument("--watch", type=int, default=8, help="held-out images captioned at every checkpoint")
-    args = train.checked(p, argv)
+    p = arguments.stage_parser(__doc__, "out/dpo", "out/golden/golden.jsonl", "golden rows",
+                               lr=5e-5, batch=32, epochs=1.0)
+    add = p.add_argument
+    add("--init", type=Path, default=Path("out/sft"), help="the captioner's adapter folder")
+    add("--base", help="Hub name or folder of the base; left out, that of the captioner")
+    add("--loss", choices=LOSSES, default="dpo", help="preference loss; none: CE alone")
+    add("--beta", type=arguments.positive, default=0.1, help="strength of the preference loss; "
+        "ipo and kto have scales of their own")
+    add("--ce", type=arguments.not_negative, default=1.0, help="weight of the cross entropy on "
+        "the chosen caption; 0: off")
+    add("--max-rejected", type=arguments.count, default=1, help="rejected captions per row, epoch")
+    add("--watch", type=arguments.count_or_none, default=8, help="held-out images captioned at "
+        "every checkpoint")
+    add("--views", choices=tuple(LAYOUTS), help="views of an image; must be the captioner's")
+    args = p.parse_args(argv)
     if args.loss == "none" and args.ce == 0:
         p.error("--loss none with --ce 0 leaves nothing to learn from")
-    if not (0 < args.beta < math.inf and 0 <= args.ce < math.inf and 0 < args.sft_epochs < math.inf
-            and args.max_rejected >= 1 and args.watch >= 0):
-        p.error("--beta, --max-rejected and --sft-epochs must be above 0; --ce and --watch not negative")
     return args
 
 
 # ---------------------------------------------------------------- golden rows
-def read_golden(path):
-    """Rows [{"id", "image", "chosen", "rejected"}] and the bad ones [(where, reason)]; id is the place in the file."""
-    rows, bad = [], []
-    for where, row in data.read_jsonl(path):
-        row = row or {}
-        image, chosen, rejected = (row.get(key) for key in ("image", "chosen", "rejected"))
-        whole = isinstance(rejected, list) and rejected and all(
-            isinstance(r, dict) and isinstance(r.get("caption"), str) and r["caption"].strip() for r in rejected)
-        if not isinstance(image, str) or not isinstance(chosen, str) or not chosen.strip() or not whole:
-            bad.append((where, "no JSON object with image, chosen, and rejected captions"))
-        elif not data.is_there(Path(path).parent / image):
-            bad.append((where, f"{image} is not there"))
-        else:
-            rows.append({"id": where.rsplit(":", 1)[1], "where": where, "image": Path(path).parent / image,
-                         "chosen": chosen,
-                         "rejected": [{"caption": r["caption"], "finish": r.get("finish")} for r in rejected]})
-    return data.need_rows(path, rows, bad)
-
-
 def encode_rows(tokenizer, rows, room):
-    """Add to each row the target ids of its captions -> the rows whose chosen caption fits, and how many do not.
+    """Add each caption's target ids -> the rows whose chosen caption fits, and how many do not.
 
-    A chosen caption ends in the end token; a rejected one only where it really ended and fits. The next row's chosen
-    caption is the mismatched one of a row.
+    A chosen caption ends in the end token; a rejected one only where it really ended and fits: one
+    that looped or was cut off keeps its loop, so that training pushes down the loop and not the end
+    token.
     """
     fitting = []
     for row in rows:
         chosen = [*tokenizer.encode(" " + row["chosen"].strip()), tokenizer.eos_id]
-        row = {**row, "chosen_ids": chosen, "rejected_ids": []}
+        rejected = []
         for r in row["rejected"]:
             text = r["caption"] if r["caption"].startswith(" ") else " " + r["caption"]
             ids = tokenizer.encode(text) + [tokenizer.eos_id] * (r["finish"] == "eos")
-            row["rejected_ids"].append(ids[:room])
-        if len(row["chosen_ids"]) <= room:
-            fitting.append(row)
-    for row, following in zip(fitting, [*fitting[1:], *fitting[:1]]):
-        row["mismatched_ids"] = following["chosen_ids"]
+            rejected.append(ids[:room])
+        if len(chosen) <= room:
+            fitting.append({**row, "chosen_ids": chosen, "rejected_ids": rejected})
     return fitting, len(rows) - len(fitting)
 
 
-def pack(prompt, captions):
-    """One image prefix and its captions (lists of target ids) as one sequence with a branch each.
+def add_mismatched(rows):
+    """For kto: give each row the next row's chosen caption, one that is not about its image."""
+    return [{**row, "mismatched_ids": following["chosen_ids"]}
+            for row, following in zip(rows, [*rows[1:], *rows[:1]])]
 
-    Returns ids and branch, and of every target token in order: the position it follows, itself, its caption's number.
-    The first token of every caption follows the prompt's last one.
+
+# ---------------------------------------------------------------- packing: one prefix, many
+# captions
+def pack(prompt, captions):
+    """One image prefix and its captions (lists of target ids) as one sequence, a branch per
+    caption.
+
+    The ViT and the 1548 tokens of six views are then computed once per row. Returns ids and branch,
+    and of every target token, in order: the position it follows, itself, its caption's number. The
+    first token of every caption follows the prompt's last one.
     """
     ids, branch, positions, targets, owner = list(prompt), [0] * len(prompt), [], [], []
     for k, caption in enumerate(captions):
@@ -115,72 +112,171 @@ def pack(prompt, captions):
         branch += [k + 1] * (len(caption) - 1)
         targets += caption
         owner += [k] * len(caption)
-    return {"ids": ids, "branch": branch, "positions": positions, "targets": targets, "owner": owner}
+    return {"ids": ids, "branch": branch, "positions": positions, "targets": targets,
+            "owner": owner}
+
+
+def padded(examples, key, fill, device):
+    """A list of each example, padded on the right -> (B, longest) int64."""
+    longest = max(len(example[key]) for example in examples)
+    rows = [example[key] + [fill] * (longest - len(example[key])) for example in examples]
+    return torch.tensor(rows, device=device)
 
 
 def caption_logps(model, examples, eos_id, device):
-    """Summed log-probabilities of each example's captions -> (B, C), C the largest number of captions."""
-    def padded(key, fill):
-        longest = max(len(example[key]) for example in examples)
-        rows = [example[key] + [fill] * (longest - len(example[key])) for example in examples]
-        return torch.tensor(rows, device=device)
-    ids, n_captions = padded("ids", eos_id), max(max(example["owner"]) for example in examples) + 1
-    length = torch.tensor([len(example["ids"]) for example in examples], device=device)[:, None]
-    logps = model(ids, torch.cat([example["views"] for example in examples]).to(device),
-                  mask=torch.arange(ids.shape[1], device=device)[None] < length, branch=padded("branch", 0),
-                  positions=padded("positions", 0), targets=padded("targets", eos_id))
-    sums = logps.new_zeros(len(examples), n_captions + 1)                   # the last column takes the padding
-    return sums.scatter_add(1, padded("owner", n_captions), logps)[:, :-1]
+    """Log-probabilities of packed captions, each summed over its tokens -> (B, C) in nats.
 
-
-def make_blank(model, prompt):
-    """An example that stands where every image of a micro-batch was broken; it weighs nothing."""
-    side, eos = model.config.visual.image_size, [model.tokenizer.eos_id]
-    return {**pack(prompt, [eos, eos, eos]), "views": torch.zeros(len(BOXES), 3, side, side), "id": None, "drawn": [0],
-            "lengths": [1, 1, 1]}
-
-
-# ---------------------------------------------------------------- reference
-def reference_logps(args, ranks, model, rows, make_all, start_hash):
-    """Log-probs under the starting adapters -> {row id: [chosen, mismatched, rejected …]}, computed once and kept.
-
-    The file's name is a hash of all that they depend on; a stopped run goes on where it was.
+    C is the largest number of captions of an example; where an example has fewer, 0.
     """
-    what = [model.fingerprint, start_hash, str(model.lm_head.weight.dtype), model.config.seq_length, BOXES,
-            [[str(row[k]) for k in ("id", "image", "chosen_ids", "mismatched_ids", "rejected_ids")]
-             + [row["image"].stat().st_size, row["image"].stat().st_mtime_ns] for row in rows]]
-    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    ids = padded(examples, "ids", eos_id, device)                               # (B, L)
+    lengths = torch.tensor([len(example["ids"]) for example in examples], device=device)
+    mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+    pixels = torch.cat([example["views"] for example in examples]).to(device)
+    logps = model(ids, pixels, mask, branch=padded(examples, "branch", 0, device),
+                  positions=padded(examples, "positions", 0, device),
+                  logp_of=padded(examples, "targets", -100, device))        # (B, K), 0 at padding
+    n_captions = 1 + max(max(example["owner"]) for example in examples)
+    owner = padded(examples, "owner", 0, device)
+    return logps.new_zeros(len(examples), n_captions).scatter_add(1, owner, logps)
+
+
+# ---------------------------------------------------------------- the reference
+def all_captions(prompt, size, boxes, row):
+    """A row with every caption that training may need the reference's log-prob of."""
+    captions = [row["chosen_ids"], *row["rejected_ids"]]
+    captions += [row["mismatched_ids"]] if "mismatched_ids" in row else []
+    return {**pack(prompt, captions), "views": views(open_image(row["image"]), size, boxes)}
+
+
+def reference_file(args, model, boxes, rows, start_hash):
+    """Where a reference's log-probs are kept: the name is a hash of all that they depend on."""
+    keys = ("id", "image", "chosen_ids", "rejected_ids", "mismatched_ids")
+    contents = [[str(row.get(key)) for key in keys] for row in rows]
+    files = [[row["image"].stat().st_size, row["image"].stat().st_mtime_ns] for row in rows]
+    depends = [model.fingerprint, start_hash, str(model.lm_head.weight.dtype),
+               model.config.seq_length, boxes, contents, files]
+    return f"reference-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]}"
+
+
+def reference_logps(args, ranks, model, boxes, rows, start_hash):
+    """Log-probs under the captioner that the round starts from, computed once and kept on disk.
+
+    -> {row id: {"chosen": x, "rejected": [x, …]} with "mismatched" for kto, or {"error": reason}}.
+    A stopped run resumes where it was.
+    """
+    name = reference_file(args, model, boxes, rows, start_hash)
     args.out.mkdir(parents=True, exist_ok=True)
     known = {}
-    for path in sorted(args.out.glob(f"reference-{key}-*.jsonl")):
+    for path in sorted(args.out.glob(f"{name}-*.jsonl")):
         for _, row in data.read_jsonl(path):
-            if row and "logps" in row:                          # a torn last line is computed again
-                known[row["id"]] = row["logps"]
-    # a rank's rows do not depend on what others have written by the time that it looks
+            if row:                                             # a torn line is computed again
+                known[row.pop("id")] = row
+    # a rank's share must not depend on what others have written by the time that it looks
     missing = [row for row in rows[ranks.rank::ranks.world] if row["id"] not in known]
-    own = args.out / f"reference-{key}-{ranks.rank}.jsonl"
-    with own.open("a", encoding="utf-8", buffering=1) as file, torch.no_grad():       # a line is on disk once computed
-        file.write("\n")                                        # after a torn line, a fresh one
+    prompt, size = model.caption_prompt(len(boxes)), model.config.visual.image_size
+    # line-buffered: a row is on disk once computed; the line break ends a torn line
+    with (args.out / f"{name}-{ranks.rank}.jsonl").open("a", encoding="utf-8", buffering=1) as file:
+        file.write("\n")
         for row in tqdm(missing, desc="reference", unit="row", disable=not ranks.is_master):
-            with contextlib.suppress(InputError):               # a broken image is told where it is trained on
-                logps = caption_logps(model, [make_all(row)], model.tokenizer.eos_id, ranks.device)[0].tolist()
-                file.write(json.dumps({"id": row["id"], "logps": logps}) + "\n")
-                known[row["id"]] = logps
+            try:
+                answer = score_row(model, all_captions(prompt, size, boxes, row), row, ranks.device)
+            except InputError as error:                 # training replaces the row, and says why
+                answer = {"error": str(error)}
+            file.write(json.dumps({"id": row["id"], **answer}) + "\n")
+            known[row["id"]] = answer
     return dict(ranks.gather(known.items()))
 
 
+@torch.no_grad()
+def score_row(model, example, row, device):
+    """The log-probs of all captions of a row, by name."""
+    logps = caption_logps(model, [example], model.tokenizer.eos_id, device)[0].tolist()
+    n = len(row["rejected_ids"])
+    answer = {"chosen": logps[0], "rejected": logps[1:1 + n]}
+    return {**answer, "mismatched": logps[1 + n]} if "mismatched_ids" in row else answer
+
+
+# ---------------------------------------------------------------- examples
+def make_example(args, prompt, size, boxes, reference, row, epoch):
+    """A row -> its chosen and this epoch's rejected captions behind one prefix, and the reference.
+
+    The rejected ones are drawn by seed, row and epoch. InputError for an image that cannot be read.
+    """
+    ref = reference[row["id"]]
+    if "error" in ref:
+        raise InputError(ref["error"])
+    rng = random.Random(f"rejected {args.seed} {row['id']} {epoch}")
+    n_rejected = len(row["rejected_ids"])
+    drawn = rng.sample(range(n_rejected), min(args.max_rejected, n_rejected))
+    captions = [row["chosen_ids"], *(row["rejected_ids"][k] for k in drawn)]
+    example = {**pack(prompt, captions), "id": row["id"], "drawn": drawn,
+               "views": views(open_image(row["image"]), size, boxes),
+               "lengths": [len(caption) for caption in captions],
+               "ref_chosen": ref["chosen"], "ref_rejected": [ref["rejected"][k] for k in drawn]}
+    if args.loss == "kto":
+        example["mismatched"] = pack(prompt, [row["mismatched_ids"]])
+        example["ref_mismatched"] = ref["mismatched"]
+    return example
+
+
+class Pairs(NamedTuple):
+    """Chosen against rejected captions, each field (P,): log-probs in nats, lengths in tokens.
+
+    share is 1 ÷ the number of pairs in the row, so that a sum of share · x over pairs is the sum
+    over rows of the mean of x over a row's pairs.
+    """
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    ref_chosen: torch.Tensor
+    ref_rejected: torch.Tensor
+    chosen_len: torch.Tensor
+    rejected_len: torch.Tensor
+    share: torch.Tensor
+
+
+def pair_up(logps, examples):
+    """logps (B, C) of packed examples, the chosen caption first -> Pairs."""
+    row, column, constants = [], [], []
+    for b, example in enumerate(examples):
+        n = len(example["drawn"])
+        for k in range(n):
+            row.append(b)
+            column.append(1 + k)
+            constants.append((example["ref_chosen"], example["ref_rejected"][k],
+                              example["lengths"][0], example["lengths"][1 + k], 1 / n))
+    constants = torch.tensor(constants, device=logps.device).unbind(1)
+    return Pairs(logps[row, 0], logps[row, column], *constants)
+
+
 # ---------------------------------------------------------------- the losses
-def preference_loss(kind, policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta, chosen_len, rejected_len,
-                    kl=None):
+def preference_loss(kind, policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta,
+                    chosen_len, rejected_len, kl=None):
     """The loss of each pair -> (B,).
 
-    policy_*, ref_* (B,): log-probabilities of the captions, summed over their tokens, in nats; *_len (B,): how many
-    tokens that were. kl (any shape), for kto: policy − reference log-ratios of mismatched captions.
-      dpo    −log σ(β·D)                      D = log-ratio of the chosen − log-ratio of the rejected (DPO, eq. 7)
-      hinge  max(0, 1 − β·D)                  (SLiC)
-      ipo    (D̄ − 1/(2β))²                    each log-ratio divided by its own length (IPO, eq. 17)
-      kto    ½ (1 − σ(β(r_w − z)) + 1 − σ(β(z − r_l))), z = max(0, mean kl), without gradient
+    policy_*, ref_* (B,): log-probabilities of the captions, summed over their tokens, in nats.
+    *_len (B,): how many tokens that were. kl (any shape), for kto: log-ratios of mismatched
+    captions.
+
+    With r_w = log π(chosen) − log ref(chosen), r_l the same of the rejected caption, |w| and |l|
+    their lengths, σ the logistic function, β = beta:
+
+      dpo    −log σ(β (r_w − r_l))            DPO, eq. 7: https://arxiv.org/abs/2305.18290
+      hinge  max(0, 1 − β (r_w − r_l))        SLiC-HF: https://arxiv.org/abs/2305.10425
+      ipo    (r_w/|w| − r_l/|l| − 1/(2β))²    IPO, eq. 17: https://arxiv.org/abs/2310.12036
+      kto    ½ [1 − σ(β (r_w − z)) + 1 − σ(β (z − r_l))]      KTO: https://arxiv.org/abs/2402.01306
       none   0
+
+    ipo is a variant. The paper's log-ratios are sums over tokens; these are means, as in TRL, so
+    that long captions do not set the scale. The margin aimed at, 1/(2β), is then in nats per token:
+    5 at β = .1, where a whole caption of 30 tokens would need a margin of 150 nats. Useful β are
+    larger than with the other losses.
+
+    kto: z estimates KL(π ‖ ref) on this kind of image, the level from which a caption counts as
+    better or worse than before. The KL is a mean over captions drawn from π, too slow to draw at
+    every step. Captions of other images stand in for them: fluent and in style, but not about this
+    image, so their mean log-ratio shows how far π has moved altogether and not how well it knows
+    this caption. It is biased, and clipped at 0 because a KL is not negative. No gradient flows
+    through z.
     """
     chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
     if kind == "dpo":
@@ -197,181 +293,154 @@ def preference_loss(kind, policy_chosen, policy_rejected, ref_chosen, ref_reject
     raise ValueError(f"no such loss: {kind}")
 
 
-# ---------------------------------------------------------------- the loss of a row, and what makes a collapse visible
-FIGURES = ("preference_loss", "nll_loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies",
-           "logps/chosen", "logps/rejected", "logps/chosen_per_token", "logps/rejected_per_token")
-
-
-def row_loss(args, example, logps, ref, kl):
-    """Mean preference loss over a row's pairs + --ce × NLL of the chosen caption per token -> loss, {figure: tensor}.
-
-    logps (C,): the policy's, in the order of example["lengths"]; ref: the reference's [chosen, mismatched, rejected …].
-    """
-    n, device = len(example["drawn"]), logps.device
-    chosen, rejected = logps[0].expand(n), logps[len(example["lengths"]) - n:len(example["lengths"])]
-    lengths = torch.tensor(example["lengths"], device=device)
-    chosen_len, rejected_len = lengths[0].expand(n), lengths[-n:]
-    ref_chosen = torch.full_like(rejected, ref[0])
-    ref_rejected = torch.tensor([ref[2 + k] for k in example["drawn"]], device=device)
-    preference = preference_loss(args.loss, chosen, rejected, ref_chosen, ref_rejected, args.beta, chosen_len,
-                                 rejected_len, kl).mean()
-    nll = -logps[0] / chosen_len[0]
-    reward_chosen, reward_rejected = args.beta * (chosen - ref_chosen), args.beta * (rejected - ref_rejected)
-    figures = (preference, nll, reward_chosen.mean(), reward_rejected.mean(), (reward_chosen - reward_rejected).mean(),
-               (reward_chosen > reward_rejected).float().mean(), chosen[0], rejected.mean(), -nll,
-               (rejected / rejected_len).mean())
-    return preference + args.ce * nll, dict(zip(FIGURES, figures))
-
-
 @torch.no_grad()
-def mismatched_ratios(ranks, model, examples, reference):
-    """For kto: policy − reference log-ratios of the mismatched captions of a whole step, of all ranks."""
+def mismatched_ratios(model, ranks, examples):
+    """For kto: log π − log ref of the mismatched captions of these and all other ranks'
+    examples."""
     own = []
     for example in examples:
         packed = {**example["mismatched"], "views": example["views"]}
-        logps = caption_logps(model, [packed], model.tokenizer.eos_id, ranks.device)
-        own.append(logps.item() - reference[example["id"]][1])
+        logp = caption_logps(model, [packed], model.tokenizer.eos_id, ranks.device)
+        own.append(logp.item() - example["ref_mismatched"])
     return torch.tensor(ranks.gather(own) or [0.0], device=ranks.device)
 
 
-def watch(ranks, model, images, look, seed):
-    """Caption a few held-out images -> mean length, share with an end token, share that repeats a statement."""
-    said = []
+def row_losses(args, pairs, kl):
+    """The loss of each pair (P,), and {name: (P,)} of what makes training, or a collapse,
+    visible."""
+    preference = preference_loss(args.loss, pairs.chosen, pairs.rejected, pairs.ref_chosen,
+                                 pairs.ref_rejected, args.beta, pairs.chosen_len,
+                                 pairs.rejected_len, kl)
+    nll = -pairs.chosen / pairs.chosen_len
+    loss = preference + args.ce * nll
+    reward_chosen = args.beta * (pairs.chosen - pairs.ref_chosen)
+    reward_rejected = args.beta * (pairs.rejected - pairs.ref_rejected)
+    values = (preference, nll, reward_chosen, reward_rejected, reward_chosen - reward_rejected,
+              (reward_chosen > reward_rejected).float(), pairs.chosen, pairs.rejected, -nll,
+              pairs.rejected / pairs.rejected_len)
+    return loss, dict(zip(FIGURES, values))
+
+
+# ---------------------------------------------------------------- held-out rows
+def validate(args, ranks, model, boxes, run, held_out):
+    """The loss and figures of held-out rows, and what captions of their images look like."""
+    kl = None
+    if args.loss == "kto":
+        kl = mismatched_ratios(model, ranks, run.held_out(held_out))
+    sums, n = dict.fromkeys(("loss", *FIGURES), 0.0), 0
+    for example in run.held_out(held_out):
+        n += 1
+        with torch.no_grad():
+            logps = caption_logps(model, [example], model.tokenizer.eos_id, ranks.device)
+            pairs = pair_up(logps, [example])
+            losses, figures = row_losses(args, pairs, kl)
+        for name, values in {"loss": losses, **figures}.items():
+            sums[name] += pairs.share @ values
+    n, *totals = ranks.sums([n, *sums.values()])
+    means = {f"held_out_{name}": total / n for name, total in zip(sums, totals)} if n else {}
+    images = sorted({row["image"] for row in held_out})[:args.watch]
+    return {**means, **watch(ranks, model, images, boxes, args.seed)}
+
+
+def watch(ranks, model, images, boxes, seed):
+    """Caption some images -> mean length, share with an end token, share that repeats a
+    statement."""
+    captions = []
     for image in images[ranks.rank::ranks.world]:
-        with contextlib.suppress(InputError):
-            said += sample(model, look(image)[None], [image.name], 1, seed=seed)[0]
-    said = ranks.gather(said)
-    statements = [[part.strip() for part in row["caption"].split(",") if part.strip()] for row in said]
-    return {"watch/length": sum(row["tokens"] for row in said) / len(said),
-            "watch/eos": sum(row["finish"] == "eos" for row in said) / len(said),
-            "watch/repeat": sum(len(set(parts)) < len(parts) for parts in statements) / len(said)} if said else {}
+        with contextlib.suppress(InputError):           # reported with the held-out rows
+            pixels = views(open_image(image), model.config.visual.image_size, boxes)
+            captions += sample(model, pixels[None], [image.name], 1, seed=seed)[0]
+    captions = ranks.gather(captions)
+    if not captions:
+        return {}
+    n = len(captions)
+    statements = [[s for s in map(str.strip, row["caption"].split(",")) if s] for row in captions]
+    return {"watch/length": sum(row["tokens"] for row in captions) / n,
+            "watch/eos": sum(row["finish"] == "eos" for row in captions) / n,
+            "watch/repeat": sum(len(set(parts)) < len(parts) for parts in statements) / n}
 
 
 # ---------------------------------------------------------------- main
 def main(argv=None):
     args = parse_args(argv)
-    return train.run_stage("dpo.py", args.device, lambda ranks: run_rank(args, ranks))
+    return train.run_stage("dpo.py", args.device, functools.partial(learn, args))
 
 
-def run_rank(args, ranks):
+def learn(args, ranks):
     """The whole stage on one rank -> exit code."""
-    # ---- previous stage
+    # ---- the captioner, which is the policy's start and the reference
     card = adapters.read_card(args.init)
-    dtype = getattr(torch, args.dtype) if args.dtype else None
-    model = QwenVL.from_pretrained(args.base or card["base"], dtype, ranks.device)
-    name = adapters.load(model, args.init)["name"]
-    start_hash = model.loaded[name]
+    boxes = adapters.views_of(args.init, args.views)
+    model = QwenVL.from_pretrained(args.base or card["base"], arguments.DTYPES.get(args.dtype),
+                                   ranks.device)
+    captioner = adapters.load(model, args.init)["name"]
 
     # ---- data
-    rows, bad = read_golden(args.data)
-    prompt, eos = model.caption_prompt(len(BOXES)), model.tokenizer.eos_id
-    rows, too_long = encode_rows(model.tokenizer, rows, model.config.seq_length - len(prompt))
+    rows, bad = data.read_golden(args.data)
+    prompt, eos = model.caption_prompt(len(boxes)), model.tokenizer.eos_id
+    rows, n_long = encode_rows(model.tokenizer, rows, model.config.seq_length - len(prompt))
     if not rows:
-        raise InputError(f"{args.data}: no chosen caption fits in the context of {model.config.seq_length} tokens")
-    rows, held = data.split(rows, args.holdout, args.seed)
+        raise InputError(f"{args.data}: no chosen caption fits in the context of "
+                         f"{model.config.seq_length} tokens")
+    rows = add_mismatched(rows) if args.loss == "kto" else rows
+    rows, held_out = data.split(rows, args.holdout, args.seed)
 
-    def look(row):
-        return views(open_image(row["image"]), model.config.visual.image_size)
+    # ---- what trains: the adapters; the soft prompt stays frozen
+    trained = adapters_to_train(args, model, captioner)
+    policy = train.distributed(model, ranks)
+    optimizer = train.adamw(trained, args.weight_decay, ranks)
+    if ranks.is_master:
+        data.report_bad("dpo.py", bad)
+        train.announce(f"captioner {args.init}; {len(rows)} golden rows, {len(bad)} bad and "
+                       f"{n_long} too long ones left out, {len(held_out)} held out",
+                       model, trained, ranks, args.micro_batch)
 
-    def make(row, epoch):
-        """Chosen and this epoch's rejected captions behind one prefix."""
-        rng = random.Random(f"rejected {args.seed} {row['id']} {epoch}")
-        drawn = rng.sample(range(len(row["rejected_ids"])), min(args.max_rejected, len(row["rejected_ids"])))
-        captions, pixels = [row["chosen_ids"], *(row["rejected_ids"][k] for k in drawn)], look(row)
-        if row["id"] not in reference:
-            raise InputError(f"{row['image']}: could not be read when the reference was computed")
-        return {**pack(prompt, captions), "views": pixels, "id": row["id"], "drawn": drawn,
-                "lengths": [len(caption) for caption in captions], "mismatched": pack(prompt, [row["mismatched_ids"]])}
+    # ---- the reference's log-probs, before anything moves
+    start, size = model.loaded[captioner], model.config.visual.image_size
+    reference = reference_logps(args, ranks, model, boxes, [*rows, *held_out], start)
+    make = functools.partial(make_example, args, prompt, size, boxes, reference)
 
-    def make_all(row):
-        return {**pack(prompt, [row["chosen_ids"], row["mismatched_ids"], *row["rejected_ids"]]), "views": look(row)}
+    # ---- the loop
+    fixed = {"base": model.fingerprint, "start": start, "golden": len(rows),
+             "rows": data.rows_hash(rows)}
+    fixed |= train.fixed(args, "loss", "beta", "ce", "max_rejected")
+    run = train.Run(args, ranks, policy, optimizer, trained, rows, make, fixed)
+    for step in run.steps():
+        n_rows = ranks.sum(len(step.examples))
+        kl = mismatched_ratios(model, ranks, step.examples) if args.loss == "kto" else None
+        for examples in step.micro_batches():
+            logps = caption_logps(policy, examples, eos, ranks.device)          # (B, C)
+            pairs = pair_up(logps, examples)                                    # each (P,)
+            losses, figures = row_losses(args, pairs, kl)
+            loss = pairs.share @ losses / n_rows
+            (loss * ranks.world).backward()     # DDP averages over ranks; a sum is meant
+            step.log(loss=loss, **{name: pairs.share @ x / n_rows for name, x in figures.items()})
+        step.finish()                           # clip, learning rate, AdamW; a skip if not finite
+        if step.saves:
+            step.row |= validate(args, ranks, model, boxes, run, held_out)
+    if run.exit_code:
+        return run.exit_code
 
-    # ---- model and what is frozen
+    # ---- save
+    n_replaced = run.count_replaced()
+    if ranks.is_master:
+        adapters.save(model, args.out, captioner, stage="dpo", views=boxes,
+                      arguments=arguments.as_json(args), **adapters.lineage(args.init))
+        print(f"wrote {args.out}; {n_replaced} rows had a broken image", file=sys.stderr)
+    return 0
+
+
+def adapters_to_train(args, model, name):
+    """Make the captioner's adapters trainable, and nothing else -> {name: parameter}."""
     for n in adapters.names_of(model, name):
         model.get_parameter(n).requires_grad_("soft_prompts" not in n)
     model.train()
     model.checkpointing = True
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not trained:
-        raise InputError(f"{args.init}: has a soft prompt alone, and only adapters train here; give another --init")
-    policy = DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.world > 1 else model
-    if ranks.is_master:
-        data.tell_bad("dpo.py", bad)
-        train.announce(f"captioner {args.init}; {len(rows)} golden rows, {len(bad)} bad and {too_long} too long ones "
-                        f"left out, {len(held)} held out", model, trained, ranks, args.micro_batch)
-    keys = ("loss", "beta", "ce", "max_rejected", "sft_first", "sft_epochs", *train.RUN)
-    run = {"base": model.fingerprint, "start": start_hash, "golden": len(rows), "rows": data.rows_hash(rows)}
-    run |= {key: str(getattr(args, key)) for key in keys}
-
-    # ---- a short SFT first, if asked for
-    if args.sft_first:
-        code, start_hash = sft_first(args, ranks, policy, model, name, trained, rows, look, prompt, run)
-        if code:
-            return code
-
-    # ---- the loss: mean over a row's pairs, then over the step's rows
-    reference = reference_logps(args, ranks, model, [*rows, *held], make_all, start_hash)
-
-    kl = torch.zeros(1, device=ranks.device)
-
-    def prepare(examples):
-        nonlocal kl
-        kl = mismatched_ratios(ranks, model, examples, reference) if args.loss == "kto" else kl
-
-    def loss_of(policy, examples):
-        good = examples or [make_blank(model, prompt)]  # the other ranks wait for this one's gradients
-        logps = caption_logps(policy, good, eos, ranks.device)
-        refs = [reference.get(example["id"], [0.0] * 3) for example in good]
-        total, figures = logps.new_zeros(()), dict.fromkeys(FIGURES, 0.0)
-        for example, own, ref in zip(good, logps, refs):
-            loss, found = row_loss(args, example, own, ref, kl)
-            total = total + loss
-            figures = {name: figures[name] + found[name].item() * bool(examples) for name in FIGURES}
-        return total * bool(examples), figures
-
-    @torch.no_grad()
-    def validate():
-        sums, examples = dict.fromkeys(("loss", *FIGURES), 0.0), []
-        for row in held[ranks.rank::ranks.world]:
-            with contextlib.suppress(InputError):
-                examples.append(make(row, 0))
-        prepare(examples)
-        for example in examples:
-            loss, figures = loss_of(model, [example])
-            sums = {name: value + {"loss": loss.item(), **figures}[name] for name, value in sums.items()}
-        n, *totals = ranks.sum(len(examples), *sums.values())
-        found = {f"held_out_{name}": total / n for name, total in zip(sums, totals)} if n else {}
-        images = sorted({row["image"] for row in held})[:args.watch]
-        return {**found, **watch(ranks, model, images, lambda image: look({"image": image}), args.seed)}
-
-    # ---- optimizer, resume, loop
-    optimizer = ShardedAdamW(trained, args.weight_decay, ranks)
-    code, counts = train.fit(args, ranks, policy, optimizer, rows, make, len, loss_of, validate, run, prepare)
-
-    # ---- save
-    if code == 0 and ranks.is_master:
-        adapters.save(model, args.out, name, stage="dpo", arguments=train.plain(args), **adapters.lineage(args.init))
-        print(f"wrote {args.out}; {counts['broken']} rows had a broken image", file=sys.stderr)
-    return code
-
-
-def sft_first(args, ranks, policy, model, name, trained, rows, look, prompt, run):
-    """Cross entropy on the chosen captions alone, in out/sft-first -> exit code and the hash of its adapters."""
-    mine = copy.copy(args)
-    mine.out, mine.epochs, mine.max_steps = args.out / "sft-first", args.sft_epochs, None
-
-    def make(row, epoch=0):
-        return {"ids": prompt + row["chosen_ids"], "n_prompt": len(prompt), "views": look(row)}
-
-    def loss_of(policy, examples):
-        return -policy(**data.collate(examples, model, ranks.device)).sum() * bool(examples), {}
-
-    optimizer = ShardedAdamW(trained, args.weight_decay, ranks)
-    code, _ = train.fit(mine, ranks, policy, optimizer, rows, make, data.n_targets, loss_of, dict, run)
-    if code == 0 and ranks.is_master:
-        adapters.save(model, mine.out, name, stage="sft", arguments=train.plain(mine), **adapters.lineage(args.init))
-    ranks.barrier()
-    return code, adapters.folder_hash(mine.out) if code == 0 else None
+        raise InputError(f"{args.init}: has only a soft prompt, and adapters are what trains here; "
+                         "give another --init")
+    return trained
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""Rows: read from files, split, hashed, made into training examples by worker processes, and those into batches.
+"""Rows on disk and on their way to the device: read, split, hashed, decoded by worker processes,
+batched.
 
-Which rows a step takes is a function of the step and the seed alone, whatever the number of ranks.
+Which rows a step takes depends on the step and the seed alone, whatever the number of ranks.
 """
+import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -13,15 +16,39 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from plumbing.errors import InputError
 from plumbing.images import SUFFIXES
 
 
+# ---------------------------------------------------------------- whole files
+@contextlib.contextmanager
+def whole(path):
+    """Give a temporary path to write to; it becomes `path` only once it is whole and on disk."""
+    temporary = Path(f"{path}.tmp")
+    yield temporary
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def without_nan(value):
+    """A value for JSON, which has no NaN and no infinities: they become None."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
+
+
+def write_json(path, value):
+    """Write a value as JSON, and make the folder for it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(without_nan(value), indent=1) + "\n", "utf-8")
+
+
 # ---------------------------------------------------------------- rows on disk
 def read_jsonl(path):
-    """Yield (where, row) of a JSONL file, where being file:line; row is None where the line is no JSON object."""
+    """Yield (where, row) of a JSONL file, where being file:line; row is None if the line is not a
+    JSON object."""
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
@@ -36,7 +63,8 @@ def read_jsonl(path):
 
 
 def caption_files(data):
-    """Yield (where, image path, caption or None) from JSONL rows, an imagefolder, or images with .txt beside."""
+    """Yield (where, image path, caption or None) from JSONL rows, an imagefolder, or images with
+    .txt files."""
     data = Path(data)
     if data.is_dir() and not (data / "metadata.jsonl").is_file():
         for image in sorted(p for p in data.rglob("*") if p.suffix.lower() in SUFFIXES):
@@ -46,16 +74,21 @@ def caption_files(data):
     path = data / "metadata.jsonl" if data.is_dir() else data
     for where, row in read_jsonl(path):
         row = row or {}
-        name, caption = row.get("image", row.get("file_name")), row.get("caption", row.get("text"))
+        name = row.get("image", row.get("file_name"))
+        caption = row.get("caption", row.get("text", row.get("chosen")))
         yield where, path.parent / name if isinstance(name, str) else None, caption
 
 
 def read_captions(data):
-    """Captions -> rows [{"image": path, "caption": text}], and what is wrong with the others [(where, reason)]."""
+    """Captions -> rows [{"where", "image": path, "caption": text}], and the bad ones [(where,
+    reason)].
+
+    Of golden rows, the chosen caption is taken.
+    """
     rows, bad = [], []
     for where, image, caption in caption_files(data):
         if image is None:
-            bad.append((where, "no JSON object with image and caption"))
+            bad.append((where, "not a JSON object with image and caption"))
         elif not isinstance(caption, str) or not caption.strip():
             bad.append((where, "no caption"))
         elif not is_there(image):
@@ -65,8 +98,32 @@ def read_captions(data):
     return need_rows(data, rows, bad)
 
 
+def read_golden(path):
+    """Rows [{"id", "where", "image", "chosen", "rejected"}], and the bad ones [(where, reason)].
+
+    id is the line in the file.
+    """
+    rows, bad = [], []
+    for where, row in read_jsonl(path):
+        row = row or {}
+        image, chosen, rejected = (row.get(key) for key in ("image", "chosen", "rejected"))
+        if not isinstance(rejected, list) or not all(isinstance(r, dict) for r in rejected):
+            rejected = []
+        texts = [image, chosen, *(r.get("caption") for r in rejected)]
+        if not rejected or not all(isinstance(text, str) and text.strip() for text in texts):
+            bad.append((where, "not a JSON object with image, chosen, and rejected captions"))
+        elif not is_there(Path(path).parent / image):
+            bad.append((where, f"{image} is not there"))
+        else:
+            samples = [{"caption": r["caption"], "finish": r.get("finish")} for r in rejected]
+            rows.append({"id": where.rsplit(":", 1)[1], "where": where, "chosen": chosen,
+                         "image": Path(path).parent / image, "rejected": samples})
+    return need_rows(path, rows, bad)
+
+
 def is_there(image):
-    """Whether a path is a file; one that no file can have (a name too long) is none."""
+    """Whether a path is a file. A name too long for any file raises in Path.is_file, and is not a
+    file."""
     try:
         return image.is_file()
     except OSError:
@@ -74,14 +131,14 @@ def is_there(image):
 
 
 def need_rows(path, rows, bad):
-    """rows and bad as they are; InputError where no row is left."""
+    """rows and bad as they are; InputError if no row is left."""
     if not rows:
         first = f"; the first of {len(bad)} bad ones is {bad[0][0]}: {bad[0][1]}" if bad else ""
         raise InputError(f"{path}: no usable row{first}")
     return rows, bad
 
 
-def tell_bad(script, bad, most=10):
+def report_bad(script, bad, most=10):
     """The first bad rows of a file on stderr, with file and line."""
     for where, reason in bad[:most]:
         print(f"{script}: left out: {where}: {reason}", file=sys.stderr)
@@ -90,30 +147,33 @@ def tell_bad(script, bad, most=10):
 
 
 def split(rows, holdout, seed):
-    """Rows -> those for training, and those of a share `holdout` of the images for validation, drawn by the seed."""
+    """Rows -> (training, held out): a share `holdout` of the images, drawn by the seed, is held out
+    whole.
+
+    At least one image is held out if any share is asked for, and at least one is left to train on.
+    """
     images = sorted({str(row["image"]) for row in rows})
     random.Random(f"holdout {seed}").shuffle(images)
-    held = set(images[:min(max(round(holdout * len(images)), 1 if holdout > 0 else 0), len(images) - 1)])
-    return [row for row in rows if str(row["image"]) not in held], [row for row in rows if str(row["image"]) in held]
+    n_held = max(round(holdout * len(images)), 1 if holdout > 0 else 0)
+    held = set(images[:min(n_held, len(images) - 1)])
+    training = [row for row in rows if str(row["image"]) not in held]
+    return training, [row for row in rows if str(row["image"]) in held]
 
 
 def rows_hash(rows):
-    """A hash of what rows say: texts, and the names of their images."""
-    said = [{key: Path(value).name if key == "image" else value for key, value in row.items() if key != "where"}
-            for row in rows]
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+    """A hash of what rows hold: texts, and the names of their images; not where the folder lies."""
+    contents = [{key: Path(value).name if key == "image" else value
+                 for key, value in row.items() if key != "where"} for row in rows]
+    return hashlib.sha256(json.dumps(contents, sort_keys=True, default=str).encode()).hexdigest()
 
 
-# ---------------------------------------------------------------- batches
-def n_targets(examples):
-    """How many tokens of examples {"ids", "n_prompt"} are targets: all that follow the prompts."""
-    return sum(len(row["ids"]) - row["n_prompt"] for row in examples)
-
-
+# ---------------------------------------------------------------- which rows a step takes
 def step_rows(n_rows, batch, step, seed):
-    """Which rows step number `step` (from 0) takes: `batch` pairs (row number, epoch), each epoch in its own order.
+    """The rows of step number `step` (from 0): `batch` pairs (row number, epoch), each epoch in its
+    own order.
 
-    A function of its arguments alone, so that a resumed run takes the same rows, whatever the number of ranks.
+    A function of its arguments alone, so a resumed run takes the same rows, whatever the number of
+    ranks.
     """
     orders, taken = {}, []
     for position in range(step * batch, (step + 1) * batch):
@@ -125,28 +185,44 @@ def step_rows(n_rows, batch, step, seed):
 
 
 class MicroBatches:
-    """The (row number, epoch) of this rank's micro-batches, step after step: what a DataLoader asks its workers for.
+    """The (row number, epoch) of this rank's micro-batches, step after step: a DataLoader's
+    batch_sampler.
 
-    Every rank has the same number of micro-batches a step, if need be empty ones at the end.
+    All ranks have the same number of micro-batches per step. A rank with a row less than others may
+    have an empty one; it comes first, so that the last micro-batch, after which DDP averages, is
+    never empty.
     """
 
     def __init__(self, n_rows, batch, micro_batch, first, last, seed, ranks):
-        self.n_rows, self.batch, self.micro_batch, self.seed, self.ranks = n_rows, batch, micro_batch, seed, ranks
-        self.first, self.last = first, last
+        self.n_rows, self.batch, self.micro_batch, self.seed = n_rows, batch, micro_batch, seed
+        self.ranks, self.first, self.last = ranks, first, last
         self.per_step = math.ceil(math.ceil(batch / ranks.world) / micro_batch)
 
     def __iter__(self):
         for step in range(self.first, self.last):
-            own = step_rows(self.n_rows, self.batch, step, self.seed)[self.ranks.rank::self.ranks.world]
-            for k in range(self.per_step):
-                yield own[k * self.micro_batch:(k + 1) * self.micro_batch]
+            rows = step_rows(self.n_rows, self.batch, step, self.seed)
+            own = list(batched(rows[self.ranks.rank::self.ranks.world], self.micro_batch))
+            yield from [[]] * (self.per_step - len(own)) + own
 
     def __len__(self):
         return (self.last - self.first) * self.per_step
 
 
-class Rows(Dataset):
-    """Rows by (number, epoch), made into examples by make(row, epoch); what cannot be made is its InputError."""
+# ---------------------------------------------------------------- decoding, ahead of the device
+def batched(items, n):
+    """Lists of up to n items, in order."""
+    items = iter(items)
+    while batch := list(itertools.islice(items, n)):
+        yield batch
+
+
+class Examples(Dataset):
+    """Training examples by (row number, epoch): make(row, epoch), and the errors met on the way.
+
+    A row whose image cannot be read is replaced by the next row whose image can: a choice that
+    depends on the files alone, hence the same on every rank and after every resume. Without any
+    such row the example is None.
+    """
 
     def __init__(self, rows, make):
         self.rows, self.make = rows, make
@@ -154,52 +230,84 @@ class Rows(Dataset):
     def __len__(self):
         return len(self.rows)
 
-    def __getitem__(self, at):
-        number, epoch = at
+    def __getitem__(self, place):
+        number, epoch = place
+        unreadable = []
+        for k in range(len(self.rows)):
+            row = self.rows[(number + k) % len(self.rows)]
+            try:
+                return self.make(row, epoch), unreadable
+            except InputError as error:
+                unreadable.append(f"{row['where']}: {error}")
+        return None, unreadable
+
+
+class Decoded(Dataset):
+    """Pairs (item, make(item)); an item that cannot be made is paired with its InputError."""
+
+    def __init__(self, items, make):
+        self.items, self.make = items, make
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, number):
+        item = self.items[number]
         try:
-            return self.make(self.rows[number], epoch)
+            return item, self.make(item)
         except InputError as error:
-            where = self.rows[number].get("where")
-            return InputError(f"{where}: {error}") if where else error
+            return item, error
 
 
-def loader(rows, make, batches, workers):
-    """Iterate over lists of examples, decoded by `workers` processes ahead of their use."""
-    # fork, since make is a closure, which the other ways (usual on a Mac, and from Python 3.14) cannot send
-    return DataLoader(Rows(rows, make), multiprocessing_context="fork" if workers else None,
-                      batch_sampler=batches, num_workers=workers, collate_fn=list,
-                      worker_init_fn=worker_signals)
+def loader(dataset, workers, **batches):
+    """A DataLoader that gives lists of a dataset's items, made by worker processes ahead of their
+    use."""
+    # fork: the other start methods (usual on a Mac, and from Python 3.14) would have to pickle the
+    # dataset
+    return DataLoader(dataset, num_workers=workers, collate_fn=list, worker_init_fn=worker_signals,
+                      multiprocessing_context="fork" if workers else None, **batches)
 
 
-def collate(examples, model, device):
-    """Examples {"ids", "n_prompt", "views"} -> arguments of the model's forward; without any, a blank that counts 0.
-
-    Padding stands on the right. targets (M,) are what follows each row's prompt, in order of row and position.
-    """
-    side, eos = model.config.visual.image_size, model.tokenizer.eos_id
-    blank = {"ids": [*model.image_prompt(1, ""), eos], "n_prompt": model.config.visual.n_queries + 2,
-             "views": torch.zeros(1, 3, side, side)}
-    rows = examples or [blank]
-    longest = max(len(row["ids"]) for row in rows)
-    ids = torch.tensor([row["ids"] + [eos] * (longest - len(row["ids"])) for row in rows], device=device)
-    length, n_prompt = (torch.tensor(n, device=device)[:, None] for n in
-                        ([len(row["ids"]) for row in rows], [row["n_prompt"] for row in rows]))
-    place = torch.arange(longest, device=device)[None]
-    positions = (place >= n_prompt - 1) & (place < length - 1)          # what follows each of them is a target
-    return {"ids": ids, "images": torch.cat([row["views"] for row in rows]).to(device), "mask": place < length,
-            "positions": positions, "targets": ids[:, 1:][positions[:, :-1]]}
+def ahead(items, make, workers, batch=1):
+    """Yield lists of up to `batch` pairs (item, make(item) or its InputError), in order, decoded
+    ahead."""
+    workers = workers if len(items) > batch else 0          # nothing to be ahead of
+    yield from loader(Decoded(items, make), workers, batch_size=batch)
 
 
 def worker_signals(_):
-    """A loader's workers leave signals to their group to the main process, and end when it says so."""
+    """Leave signals to the main process, which ends the workers.
+
+    torchrun signals the whole process group, and a worker that died of it would take its rank
+    along.
+    """
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def good_rows(found, broken):
-    """What the workers made of a micro-batch -> the examples; a row whose image is broken is told once."""
-    for problem in (str(row) for row in found if isinstance(row, InputError)):
-        if problem not in broken:
-            broken[problem] = True
-            tqdm.write(f"left out: {problem}", file=sys.stderr)
-    return [row for row in found if not isinstance(row, InputError)]
+def collate(examples, pad_id, device):
+    """Examples {"ids", "n_prompt", "views"} -> the arguments of the model's forward.
+
+    The targets of a row are what follows its prompt. ids and mask (B, L), padded on the right;
+    positions and logp_of (B, K): each target, and the position before it; -100 is padding.
+    """
+    L = max(len(row["ids"]) for row in examples)
+    K = max(len(row["ids"]) - row["n_prompt"] for row in examples)
+    ids = torch.full((len(examples), L), pad_id)
+    mask = torch.zeros(len(examples), L, dtype=torch.bool)
+    positions = torch.zeros(len(examples), K, dtype=torch.long)
+    targets = torch.full((len(examples), K), -100)
+    for b, row in enumerate(examples):
+        n_ids, n_prompt = len(row["ids"]), row["n_prompt"]
+        ids[b, :n_ids] = torch.tensor(row["ids"])
+        mask[b, :n_ids] = True
+        positions[b, :n_ids - n_prompt] = torch.arange(n_prompt - 1, n_ids - 1)
+        targets[b, :n_ids - n_prompt] = torch.tensor(row["ids"][n_prompt:])
+    batch = {"ids": ids, "mask": mask, "positions": positions, "logp_of": targets,
+             "images": torch.cat([row["views"] for row in examples])}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def count_targets(examples):
+    """How many tokens of examples {"ids", "n_prompt"} follow their prompts."""
+    return sum(len(row["ids"]) - row["n_prompt"] for row in examples)

@@ -204,22 +204,24 @@ def test_log_probs_in_chunks_equal_those_of_full_logits(
         }
         for path, caption in captions(data)[:3]
     ]
-    batch = plumbing.data.collate(examples, tiny_model, "cpu")
-    targets = batch.pop("targets")
-    assert len(targets) > 20
+    batch = plumbing.data.collate(examples, tiny_model.tokenizer.eos_id, "cpu")
+    targets = batch.pop("logp_of")
+    real = targets != -100
+    n_targets = int(real.sum())
+    assert 20 < n_targets < targets.numel()
     trained = {n: p for n, p in tiny_model.named_parameters() if p.requires_grad}
     logits = tiny_model(**batch)
-    expected, made = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0], []
+    picked = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    expected, made = picked.masked_fill(~real, 0.0), []
     tiny_model.lm_head.register_forward_hook(lambda module, x, y: made.append(len(y)))
-    weights = torch.linspace(-1, 2, len(targets))
+    weights = torch.linspace(-1, 2, targets.numel()).view(targets.shape)
     expected_gradients = torch.autograd.grad((expected * weights).sum(), trained.values())
-    for rows in (1, 7, len(targets), 1000):
+    for rows in (1, 7, n_targets, 1000):
         monkeypatch.setattr(model_file, "LOGITS_AT_ONCE", rows)
         made.clear()
-        logps = tiny_model(**batch, targets=targets)
-        assert max(made) <= rows and sum(made) == len(
-            targets
-        )  # nowhere else, and never more at once
+        logps = tiny_model(**batch, logp_of=targets)
+        # nowhere else, and never more at once
+        assert max(made) <= rows and sum(made) == n_targets
         torch.testing.assert_close(logps, expected, atol=1e-5, rtol=1e-5)
         gradients = torch.autograd.grad((logps * weights).sum(), trained.values())
         for found, wanted, name in zip(gradients, expected_gradients, trained):
@@ -444,7 +446,7 @@ def test_what_was_left_out_cut_and_held_out_is_said_before_the_first_step(
     )
     err = capsys.readouterr().err.splitlines()
     assert code == 0 and err[:3] == [
-        f"sft.py: left out: {name}:6: no JSON object with image and caption",
+        f"sft.py: left out: {name}:6: not a JSON object with image and caption",
         f"sft.py: left out: {name}:7: no caption",
         f"sft.py: left out: {name}:8: {data / 'gone.png'} is not there",
     ]
@@ -781,7 +783,7 @@ def pair_arguments(base, data, out):
 def test_two_ranks_stop_together_and_go_on(two_ranks, tiny_base, data, tmp_path):
     """Only the second rank gets the signal, in the middle of step 6."""
     argv, report = pair_arguments(tiny_base, data, tmp_path / "out"), tmp_path / "report"
-    assert stages.run_ranks("sft", argv, report, 2, at=(1, 18, signal.SIGTERM)) == [143, 143], (
+    assert stages.run_ranks("sft", argv, report, 2, at=(1, 12, signal.SIGTERM)) == [143, 143], (
         report.read_text()
     )
     assert stages.checkpoint_of(tmp_path / "out") == 5 == len(stages.steps_of(tmp_path / "out"))
@@ -796,7 +798,7 @@ def test_two_ranks_stop_together_and_go_on(two_ranks, tiny_base, data, tmp_path)
 
 def test_when_a_rank_dies_the_other_ends(two_ranks, tiny_base, data, tmp_path):
     argv, report = pair_arguments(tiny_base, data, tmp_path / "out"), tmp_path / "report"
-    codes = stages.run_ranks("sft", argv, report, 2, at=(1, 19, signal.SIGKILL))
+    codes = stages.run_ranks("sft", argv, report, 2, at=(1, 13, signal.SIGKILL))
     assert codes[1] == -9 and codes[0] not in (0, None)
     assert stages.checkpoint_of(tmp_path / "out") == 4
 
@@ -893,14 +895,20 @@ def broken(data, tmp_path):
     return copy, [row["image"] for row in training[1:3]]
 
 
-def test_an_image_with_broken_pixels_is_left_out_alone(tiny_base, broken, tmp_path, capsys):
+def replaced_by_the_next(rows, bad):
+    """Each of some (image, caption) rows, or the next one whose image is not bad."""
+    good = [k for k, (path, _) in enumerate(rows) if path not in bad]
+    return [rows[next((g for g in good if g >= k), good[0])] for k in range(len(rows))]
+
+
+def test_an_image_with_broken_pixels_is_replaced_by_the_next(tiny_base, broken, tmp_path, capsys):
     data, bad = broken
     assert (
         stages.run(sft, *arguments(tiny_base, data, tmp_path / "a", "--batch", 8, "--max-steps", 2))
         == 0
     )
     err = capsys.readouterr().err
-    lines = [line for line in re.split("[\r\n]", err) if "left out: " in line]
+    lines = [line for line in re.split("[\r\n]", err) if "replaced: " in line]
     assert len(lines) == 2  # each once, though there are two epochs
     for path in bad:
         (line,) = (line for line in lines if str(path) in line)
@@ -909,17 +917,25 @@ def test_an_image_with_broken_pixels_is_left_out_alone(tiny_base, broken, tmp_pa
         ) + 1
         assert f"captions.jsonl:{number}: " in line and "damaged" in line
     assert err.splitlines()[-1].endswith("2 rows had a broken image")
-    rows = [row for row in captions(data) if row[0] not in bad]
-    held = {
-        row["image"]
-        for row in plumbing.data.split(
-            plumbing.data.read_captions(data / "captions.jsonl")[0], 0.2, 0
-        )[1]
-    }
+    training, _ = plumbing.data.split(
+        plumbing.data.read_captions(data / "captions.jsonl")[0], 0.2, 0
+    )
+    rows = [(row["image"], row["caption"]) for row in training]
     model = QwenVL.from_pretrained(tiny_base)
     adapters.attach(model, "caption", soft_prompt=True)
-    total, n = reference_nll(model.train(), [row for row in rows if row[0] not in held])
+    total, n = reference_nll(model.train(), replaced_by_the_next(rows, bad))
     assert stages.steps_of(tmp_path / "a")[1]["loss"] == pytest.approx((total / n).item(), rel=1e-5)
+
+
+def test_a_run_with_broken_images_resumes_with_the_same_rows(tiny_base, broken, tmp_path):
+    data, _ = broken
+    argv = arguments(tiny_base, data, tmp_path / "whole")
+    assert stages.run(sft, *argv) == 0
+    argv = arguments(tiny_base, data, tmp_path / "stopped")
+    with mock.patch.object(plumbing.data, "collate", stages.at_micro_batch(10, stages.kill_me(signal.SIGTERM))):
+        assert stages.run(sft, *argv) == 143
+    assert stages.run(sft, *argv) == 0
+    assert stages.same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_broken_images_on_two_ranks_never_hang_one(tiny_base, broken, tmp_path):
@@ -978,7 +994,7 @@ def test_two_ranks_skip_a_step_together_where_one_has_no_finite_loss(
 ):
     """The images of one of the second rank's micro-batches, in step 9, are not numbers."""
     argv, report = pair_arguments(tiny_base, data, tmp_path / "out"), tmp_path / "report"
-    assert stages.run_ranks("sft", argv, report, 2, at=(1, 28, "nan")) == [0, 0], report.read_text()
+    assert stages.run_ranks("sft", argv, report, 2, at=(1, 20, "nan")) == [0, 0], report.read_text()
     mine, theirs = stages.steps_of(tmp_path / "out"), stages.steps_of(two_ranks)
     assert [mine[k] for k in range(1, 9)] == [theirs[k] for k in range(1, 9)]
     assert mine[9]["loss"] is None and all(

@@ -1,29 +1,28 @@
 """What the stages share: rows and their order, the sharded optimizer, checkpoints, log, signals, the loop itself."""
 
 import argparse
+import contextlib
 import copy
 import json
 import math
-import multiprocessing
 import os
-import random
 import shutil
 import signal
+import socket
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import stages
 import torch
-from PIL import Image
 
 import adapters
 import plumbing.data
 import plumbing.train
 from model import Config, QwenVL
-from plumbing.data import MicroBatches
+from plumbing import arguments
 from plumbing.errors import InputError
-from plumbing.train import Ranks, ShardedAdamW, Stop
+from plumbing.train import Ranks, Run, Stop, adamw
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -34,8 +33,8 @@ def ranks_of(world):
 
 # ---------------------------------------------------------------- arguments
 def parser():
-    p = plumbing.train.stage_parser(
-        "A stage.", out="out/x", data="x.jsonl", rows="rows", lr=1e-3, batch=8, epochs=1.0
+    p = arguments.stage_parser(
+        "A stage.", out="out/x", rows_at="x.jsonl", rows="rows", lr=1e-3, batch=8, epochs=1.0
     )
     p.add_argument("--init", type=Path)
     return p
@@ -64,7 +63,7 @@ def parser():
 )
 def test_nonsense_is_refused_in_a_line(argv, expected_word, capsys):
     with pytest.raises(SystemExit) as stop:
-        plumbing.train.checked(parser(), argv.split())
+        parser().parse_args(argv.split())
     message = capsys.readouterr().err.split("error: ")[1]
     assert stop.value.code == 2 and message.count("\n") == 1 and expected_word in message
 
@@ -91,235 +90,6 @@ def test_a_device_that_is_not_there_is_one_line(capsys):
     assert plumbing.train.run_stage("sft.py", "cuda:99", lambda ranks: 0) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "--device cuda:99" in err
-
-
-# ---------------------------------------------------------------- rows on disk
-@pytest.fixture
-def images(tmp_path):
-    for name in ("a.png", "b.jpg", "c.png"):
-        Image.new("RGB", (8, 8), "red").save(tmp_path / name)
-    return tmp_path
-
-
-def test_jsonl_imagefolder_and_texts_beside_read_the_same(images):
-    captions = {"a.png": "red, a  square", "b.jpg": "rot,\nein Qüadrat", "c.png": " 赤い "}
-    expected = [
-        {"image": images / name, "caption": " ".join(text.split())}
-        for name, text in captions.items()
-    ]
-
-    def read(data):
-        rows, bad = plumbing.data.read_captions(data)
-        assert bad == []
-        return [{key: row[key] for key in ("image", "caption")} for row in rows]
-
-    rows = stages.write_rows(
-        images / "rows.jsonl", [{"image": n, "caption": t} for n, t in captions.items()]
-    )
-    assert read(rows) == expected
-    odd = b"\xef\xbb\xbf" + rows.read_bytes().replace(b"\n", b"\r\n\r\n")  # BOM, CRLF, empty lines
-    (images / "odd.jsonl").write_bytes(odd.removesuffix(b"\r\n\r\n"))
-    assert read(images / "odd.jsonl") == expected
-    for key in ("text", "caption"):
-        stages.write_rows(
-            images / "metadata.jsonl", [{"file_name": n, key: t} for n, t in captions.items()]
-        )
-        assert read(images) == read(images / "metadata.jsonl") == expected
-    (images / "metadata.jsonl").unlink()
-    for name, text in captions.items():
-        (images / name).with_suffix(".txt").write_text(text, "utf-8")
-    assert read(images) == expected
-    (images / "deep").mkdir()
-    shutil.move(images / "a.png", images / "deep/a.png")
-    shutil.move(images / "a.txt", images / "deep/a.txt")
-    assert images / "deep/a.png" in [row["image"] for row in read(images)]
-
-
-def test_bad_rows_are_told_with_file_and_line(images, capsys):
-    good = {"image": "a.png", "caption": "red"}
-    path = stages.write_rows(
-        images / "rows.jsonl",
-        [
-            good,
-            "{",
-            {"image": "a.png"},
-            "",
-            {"image": "a.png", "caption": " \n"},
-            {"image": "none.png", "caption": "x"},
-            {"caption": "x"},
-            "[1, 2]",
-            {"image": "a.png", "caption": 3},
-            {"image": 3, "caption": "x"},
-            "null",
-            {"image": "", "caption": "x"},
-            {"image": "a\0b.png", "caption": "x"},
-            '{"image": "a.png", "caption": "\ufeff',
-            {**good, "caption": "blue"},
-        ],
-    )
-    path.write_bytes(path.read_bytes() + b'{"image": "a.png", "caption": "\xff"}\n')
-    rows, bad = plumbing.data.read_captions(path)
-    assert [row["caption"] for row in rows] == ["red", "blue"]
-    expected = {
-        2: "JSON",
-        3: "no caption",
-        5: "no caption",
-        6: "none.png is not there",
-        7: "JSON",
-        8: "JSON",
-        9: "no caption",
-        10: "JSON",
-        11: "JSON",
-        12: "not there",
-        13: "not there",
-        14: "JSON",
-        16: "JSON",
-    }
-    assert [where for where, _ in bad] == [f"{path}:{line}" for line in expected]
-    assert all(word in reason for (_, reason), word in zip(bad, expected.values()))
-    plumbing.data.tell_bad("sft.py", bad)
-    lines = capsys.readouterr().err.splitlines()
-    assert (
-        lines[0].startswith(f"sft.py: left out: {path}:2: ")
-        and lines[-1] == "sft.py: left out: 3 more"
-    )
-    assert len(lines) == 11
-
-
-@pytest.mark.parametrize(
-    "row",
-    ["[" * 100_000, {"image": "x" * 300 + ".png", "caption": "x"}, '{"a":' * 50_000],
-    ids=["nested", "long name", "nested objects"],
-)
-def test_no_row_ends_a_run(images, row):
-    """Python's JSON reader and Path.is_file raise their own errors for these."""
-    path = stages.write_rows(images / "rows.jsonl", [{"image": "a.png", "caption": "red"}, row])
-    rows, bad = plumbing.data.read_captions(path)
-    assert len(rows) == 1 and [where for where, _ in bad] == [f"{path}:2"]
-
-
-def test_data_without_a_usable_row_is_an_error(images):
-    with pytest.raises(InputError, match="no usable"):
-        plumbing.data.read_captions(images)  # no text beside any of the three
-    path = stages.write_rows(images / "rows.jsonl", ["{", {"image": "a.png", "caption": ""}])
-    with pytest.raises(InputError, match=r"no usable .*; the first of 2 bad .*rows\.jsonl:1: "):
-        plumbing.data.read_captions(path)
-    with pytest.raises(InputError, match="cannot be read") as error:
-        plumbing.data.read_captions(images / "nowhere.jsonl")
-    assert "\n" not in str(error.value)
-
-
-def test_the_held_out_part_is_whole_images(images):
-    rows = [{"image": images / f"{k % 10}.png", "n": k} for k in range(40)]
-    train, held = plumbing.data.split(rows, 0.2, seed=0)
-    theirs = {row["image"] for row in held}
-    assert len(theirs) == 2 and len(held) == 8 and not theirs & {row["image"] for row in train}
-    assert sorted(row["n"] for row in train + held) == list(range(40)) and [
-        r["n"] for r in train
-    ] == sorted(row["n"] for row in train)
-    assert plumbing.data.split(rows, 0.2, seed=0) == (train, held)
-    assert plumbing.data.split(list(reversed(rows)), 0.2, seed=0)[1] == list(
-        reversed(held)
-    )  # whatever their order
-    assert any(plumbing.data.split(rows, 0.2, seed)[1] != held for seed in range(1, 5))
-    assert plumbing.data.split(rows, 0, seed=0) == (rows, [])
-    assert (
-        len({row["image"] for row in plumbing.data.split(rows, 1e-9, seed=0)[1]}) == 1
-    )  # asked for, so at least one
-    assert plumbing.data.split(rows[:1], 0.5, seed=0) == (rows[:1], [])  # but training comes first
-    assert {row["image"] for row in plumbing.data.split(rows, 0.999, seed=0)[0]} != set()
-
-
-# ---------------------------------------------------------------- batches
-@pytest.mark.parametrize("n_rows, batch", [(10, 4), (3, 8), (1, 2), (7, 7)])
-def test_every_epoch_takes_every_row_once_in_an_order_of_its_own(n_rows, batch):
-    steps = [plumbing.data.step_rows(n_rows, batch, step, seed=0) for step in range(5 * n_rows)]
-    assert all(len(rows) == batch for rows in steps)
-    taken = [row for rows in steps for row in rows]
-    assert [epoch for _, epoch in taken] == [k // n_rows for k in range(len(taken))]
-    orders = [tuple(n for n, _ in taken[k : k + n_rows]) for k in range(0, len(taken), n_rows)]
-    assert all(sorted(order) == list(range(n_rows)) for order in orders)
-    assert n_rows < 7 or len(set(orders)) > 3
-    random.seed(1)  # and no other state matters
-    assert plumbing.data.step_rows(n_rows, batch, 3, seed=0) == steps[3]
-    assert n_rows < 7 or plumbing.data.step_rows(n_rows, batch, 0, seed=1) != steps[0]
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 6])
-@pytest.mark.parametrize("batch, micro_batch", [(8, 1), (8, 8), (7, 2), (1, 1), (5, 4)])
-def test_ranks_share_a_step_without_gap_or_overlap(world, batch, micro_batch):
-    parts = [MicroBatches(11, batch, micro_batch, 0, 4, 0, ranks) for ranks in ranks_of(world)]
-    (per_step,) = {
-        part.per_step for part in parts
-    }  # the same on all ranks, or they would wait for each other
-    lists = [list(part) for part in parts]
-    assert all(len(part) == len(micro) == 4 * per_step for part, micro in zip(parts, lists))
-    assert all(len(micro) <= micro_batch for rank in lists for micro in rank)
-    for step in range(4):
-        found = [
-            row
-            for rank in lists
-            for micro in rank[step * per_step : (step + 1) * per_step]
-            for row in micro
-        ]
-        assert sorted(found) == sorted(plumbing.data.step_rows(11, batch, step, 0))
-    later = MicroBatches(11, batch, micro_batch, 2, 4, 0, ranks_of(world)[-1])
-    assert list(later) == lists[-1][2 * per_step :]  # a resumed run goes on at the same row
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_what_cannot_be_made_takes_the_place_of_its_row(workers):
-    def make(row, epoch):
-        if row["x"] == "bad":
-            raise InputError("bad.png: damaged")
-        return row["x"], epoch
-
-    batches = [[(0, 0), (2, 0)], [], [(1, 0)], [(2, 1)]]
-    found = list(
-        plumbing.data.loader(
-            [{"x": x, "where": "rows:1"} for x in ("a", "bad", "c")], make, batches, workers
-        )
-    )
-    assert [len(part) for part in found] == [2, 0, 1, 1]
-    assert found[0] == [("a", 0), ("c", 0)] and found[3] == [("c", 1)]
-    assert isinstance(found[2][0], InputError) and "bad.png" in str(found[2][0])
-
-
-def test_workers_start_whatever_python_s_default_is():
-    """It is forkserver from 3.14 on, and spawn on a Mac: they would have to pickle the stages' inner functions."""
-    before = multiprocessing.get_start_method()
-    multiprocessing.set_start_method("forkserver", force=True)
-    try:
-        assert list(
-            plumbing.data.loader([{"x": 5}], lambda row, epoch: row["x"], [[(0, 0)]], 1)
-        ) == [[5]]
-    finally:
-        multiprocessing.set_start_method(before, force=True)
-
-
-def test_collate_pads_on_the_right_and_aims_at_what_follows_the_prompt(tiny_model):
-    prompts, targets = (
-        [tiny_model.image_prompt(1, text) for text in ("", " red")],
-        [[7, 8], [9, 10, 11, 12]],
-    )
-    rows = [
-        {
-            "ids": prompt + target,
-            "n_prompt": len(prompt),
-            "views": torch.full((1, 3, 28, 28), float(k)),
-        }
-        for k, (prompt, target) in enumerate(zip(prompts, targets))
-    ]
-    batch = plumbing.data.collate(rows, tiny_model, "cpu")
-    assert batch["targets"].tolist() == [7, 8, 9, 10, 11, 12]
-    assert batch["mask"].sum(1).tolist() == [len(row["ids"]) for row in rows]
-    assert batch["images"].shape == (2, 3, 28, 28) and batch["images"][1, 0, 0, 0] == 1
-    for b, row in enumerate(rows):
-        n, whole = row["n_prompt"], len(row["ids"])
-        assert batch["ids"][b, :whole].tolist() == row["ids"]
-        assert batch["positions"][b].nonzero().flatten().tolist() == list(range(n - 1, whole - 1))
-    blank = plumbing.data.collate([], tiny_model, "cpu")
-    assert tiny_model(**blank).shape == (1,)  # something to run, where a rank has no row left
 
 
 # ---------------------------------------------------------------- optimizer and learning rate
@@ -351,6 +121,13 @@ def give_gradients(trained, seed):
         parameter.grad = torch.randn(parameter.shape)
 
 
+def take_step(trained, optimizer, lr, seed):
+    give_gradients(trained, seed)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+
+
 def test_one_rank_is_plain_adamw_without_decay_of_vectors():
     trained, plain = parameters(), parameters()
     groups = [
@@ -360,46 +137,75 @@ def test_one_rank_is_plain_adamw_without_decay_of_vectors():
         }
         for decays in (True, False)
     ]
-    optimizer, expected = (
-        ShardedAdamW(trained, 0.1, ALONE),
-        torch.optim.AdamW(groups, betas=(0.9, 0.95)),
-    )
+    optimizer = adamw(trained, 0.1, ALONE)
+    expected = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     for step in range(3):
-        give_gradients(trained, step)
-        give_gradients(plain, step)
-        for group in expected.param_groups:
-            group["lr"] = 1e-2 / (step + 1)
-        expected.step()
-        optimizer.step(1e-2 / (step + 1))
+        take_step(plain, expected, 1e-2 / (step + 1), step)
+        take_step(trained, optimizer, 1e-2 / (step + 1), step)
     assert all(torch.equal(trained[name], plain[name]) for name in plain)
 
 
-def test_state_is_spread_over_the_ranks_and_may_be_taken_over_by_another_number(monkeypatch):
-    monkeypatch.setattr(plumbing.train.dist, "broadcast", lambda tensor, src: None)
+def sharded_rank(rank, world, port, folder):
+    """What a rank of adamw leaves: its moments after two steps, and all weights after two and three."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    ranks, trained = plumbing.train.start_ranks("cpu"), parameters()
+    optimizer, left = adamw(trained, 0.1, ranks), {}
+    for step in range(3):
+        if step == 2:
+            left["moments"] = copy.deepcopy(plumbing.train.own_moments(optimizer, trained))
+            left["weights"] = {name: p.detach().clone() for name, p in trained.items()}
+        take_step(trained, optimizer, 1e-2, step)
+    left["after"] = {name: p.detach() for name, p in trained.items()}
+    torch.save(left, folder / f"{rank}.pt")
+    ranks.barrier()
+    ranks.close()
+
+
+def sharded(world, folder):
+    """What `world` real ranks left."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [
+        stages.fork_server().Process(target=sharded_rank, args=(rank, world, port, folder))
+        for rank in range(world)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0] * world
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+
+
+def test_state_is_spread_over_the_ranks_and_may_be_taken_over_by_another_number(tmp_path):
+    first, second = parts = sharded(2, tmp_path)
     trained = parameters()
-    parts = [ShardedAdamW({**trained}, 0.1, ranks) for ranks in ranks_of(2)]
-    assert sorted(parts[0].own + parts[1].own) == sorted(trained)
-    loads = [sum(trained[name].numel() for name in part.own) for part in parts]
-    assert max(loads) <= 1.3 * min(loads)
-    for step in range(2):
-        give_gradients(trained, step)
-        for part in parts:
-            part.step(1e-2)
-    moments = copy.deepcopy(parts[0].state() | parts[1].state())
+    assert not first["moments"].keys() & second["moments"].keys()
+    moments = first["moments"] | second["moments"]
     assert moments.keys() == trained.keys()
-    alone = ShardedAdamW(
-        {name: torch.nn.Parameter(p.detach().clone()) for name, p in trained.items()}, 0.1, ALONE
-    )
-    alone.load(moments)
-    for optimizer in (alone, *parts):
-        give_gradients(optimizer.trained, 5)
-        optimizer.step(1e-2)
-    assert all(torch.equal(alone.trained[name], trained[name]) for name in trained)
-    many = [
-        ShardedAdamW(parameters(), 0.1, ranks) for ranks in ranks_of(7)
-    ]  # more ranks than parameters
-    assert sorted(name for part in many for name in part.own) == sorted(trained)
-    assert many[6].state() == {} and many[6].step(1e-2) is None
+    loads = [sum(trained[name].numel() for name in part["moments"]) for part in parts]
+    assert max(loads) <= 1.3 * min(loads)
+    plain = parameters()
+    optimizer = adamw(plain, 0.1, ALONE)
+    for step in range(2):
+        take_step(plain, optimizer, 1e-2, step)
+    alone = {name: torch.nn.Parameter(tensor) for name, tensor in first["weights"].items()}
+    assert all(torch.equal(alone[name], plain[name]) for name in plain)  # nothing is lost to one rank
+    optimizer = adamw(alone, 0.1, ALONE)
+    plumbing.train.load_moments(optimizer, alone, moments)
+    take_step(alone, optimizer, 1e-2, 2)
+    for part in parts:
+        assert all(torch.equal(alone[name], part["after"][name]) for name in alone)
+
+
+def test_there_may_be_more_ranks_than_parameters(tmp_path):
+    many, trained = sharded(7, tmp_path), parameters()
+    assert sorted(name for part in many for name in part["moments"]) == sorted(trained)
+    assert [] in [list(part["moments"]) for part in many]
+    assert all(torch.equal(part["after"][name], many[0]["after"][name]) for part in many for name in trained)
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -407,100 +213,95 @@ RUN = {"lr": "0.01", "base": "abc"}
 
 
 def stepped(seed, steps=1):
-    optimizer = ShardedAdamW(parameters(seed), 0.1, ALONE)
+    """{name: parameter} and their optimizer, after some steps."""
+    trained = parameters(seed)
+    optimizer = adamw(trained, 0.1, ALONE)
     for step in range(steps):
-        give_gradients(optimizer.trained, step)
-        optimizer.step(1e-2)
-    return optimizer
+        take_step(trained, optimizer, 1e-2, step)
+    return trained, optimizer
+
+
+def save(out, step, state):
+    plumbing.train.save_checkpoint(out, ALONE, step, RUN, *state)
+
+
+def load(out, state, run=RUN):
+    return plumbing.train.load_checkpoint(out, run, *state)
+
+
+def same(one, other):
+    return all(torch.equal(one[0][name], p) for name, p in other[0].items())
 
 
 def test_a_checkpoint_gives_back_all_of_it(tmp_path):
     written, read = stepped(0, 3), stepped(1, 1)
-    assert plumbing.train.load_checkpoint(tmp_path, RUN, stepped(0)) == 0
-    plumbing.train.save_checkpoint(tmp_path, ALONE, 3, RUN, written)
-    assert plumbing.train.load_checkpoint(tmp_path, RUN, read) == 3
-    for optimizer in (written, read):
-        give_gradients(optimizer.trained, 9)
-        optimizer.step(1e-2)
-    assert all(torch.equal(read.trained[name], written.trained[name]) for name in written.trained)
+    assert load(tmp_path, stepped(0)) == 0
+    save(tmp_path, 3, written)
+    assert load(tmp_path, read) == 3
+    for trained, optimizer in (written, read):
+        take_step(trained, optimizer, 1e-2, 9)
+    assert same(read, written)
 
 
 def test_only_the_newest_whole_checkpoint_counts(tmp_path):
     for step in (1, 10, 9):
-        plumbing.train.save_checkpoint(tmp_path, ALONE, step, RUN, stepped(step))
+        save(tmp_path, step, stepped(step))
     assert stages.checkpoint_of(tmp_path) == 9  # the others went when it was whole
     torn = tmp_path / "resume/step-00000012.tmp"
     torn.mkdir()
     (torn / "moments-0.pt").write_bytes(b"half")
-    assert plumbing.train.load_checkpoint(tmp_path, RUN, stepped(0)) == 9
-    shutil.copytree(
-        tmp_path / "resume/step-00000009", tmp_path / "resume/step-00000011"
-    )  # killed before the tidying
-    (tmp_path / "resume/step-00000011/run.json").write_text(json.dumps({"step": 11, "run": RUN}))
-    assert plumbing.train.load_checkpoint(tmp_path, RUN, stepped(0)) == 11
-    plumbing.train.save_checkpoint(tmp_path, ALONE, 12, RUN, stepped(0))
+    assert load(tmp_path, stepped(0)) == 9
+    killed = tmp_path / "resume/step-00000011"  # before the tidying
+    shutil.copytree(tmp_path / "resume/step-00000009", killed)
+    (killed / "run.json").write_text(json.dumps({"step": 11, "run": RUN}))
+    assert load(tmp_path, stepped(0)) == 11
+    save(tmp_path, 12, stepped(0))
     assert stages.checkpoint_of(tmp_path) == 12
 
 
 def test_a_step_may_be_saved_twice(tmp_path):
     """As where a stop comes right behind a checkpoint, or before a resumed run's first step is done."""
-    plumbing.train.save_checkpoint(tmp_path, ALONE, 2, RUN, stepped(0, 2))
-    plumbing.train.save_checkpoint(tmp_path, ALONE, 2, RUN, stepped(0, 2))
+    save(tmp_path, 2, stepped(0, 2))
+    save(tmp_path, 2, stepped(0, 2))
     read = stepped(1)
-    assert (
-        stages.checkpoint_of(tmp_path) == 2
-        and plumbing.train.load_checkpoint(tmp_path, RUN, read) == 2
-    )
-    assert all(torch.equal(read.trained[name], p) for name, p in stepped(0, 2).trained.items())
+    assert stages.checkpoint_of(tmp_path) == 2 and load(tmp_path, read) == 2
+    assert same(read, stepped(0, 2))
 
 
 @pytest.mark.parametrize("fails_at", range(3))
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, fails_at):
-    plumbing.train.save_checkpoint(tmp_path, ALONE, 1, RUN, stepped(0))
-    write_whole, calls = plumbing.train.write_whole, []
+    save(tmp_path, 1, stepped(0))
+    whole, calls = plumbing.data.whole, []
 
-    def failing(path, write):
+    @contextlib.contextmanager
+    def failing(path):
         calls.append(path)
         if len(calls) > fails_at:
             path.write_bytes(b"as far as it went")
             raise OSError(28, "No space left on device")
-        write_whole(path, write)
+        with whole(path) as temporary:
+            yield temporary
 
-    monkeypatch.setattr(plumbing.train, "write_whole", failing)
+    monkeypatch.setattr(plumbing.data, "whole", failing)
     with pytest.raises(OSError):
-        plumbing.train.save_checkpoint(tmp_path, ALONE, 2, RUN, stepped(0, 2))
+        save(tmp_path, 2, stepped(0, 2))
     monkeypatch.undo()
     read = stepped(1)
-    assert plumbing.train.load_checkpoint(tmp_path, RUN, read) == 1
-    assert all(torch.equal(read.trained[name], p) for name, p in stepped(0).trained.items())
-    plumbing.train.save_checkpoint(tmp_path, ALONE, 2, RUN, stepped(0, 2))
+    assert load(tmp_path, read) == 1
+    assert same(read, stepped(0))
+    save(tmp_path, 2, stepped(0, 2))
     assert stages.checkpoint_of(tmp_path) == 2
 
 
 def test_another_run_is_refused_by_the_name_of_what_differs(tmp_path):
-    plumbing.train.save_checkpoint(tmp_path, ALONE, 1, RUN, stepped(0))
+    save(tmp_path, 1, stepped(0))
     for run, expected_word in (
         ({**RUN, "lr": "0.02"}, "another lr"),
         ({**RUN, "new": "1"}, "another new"),
     ):
         with pytest.raises(InputError, match=expected_word) as error:
-            plumbing.train.load_checkpoint(tmp_path, run, stepped(0))
+            load(tmp_path, stepped(0), run)
         assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_write_whole_leaves_the_old_file_until_the_new_one_is_whole(tmp_path):
-    path = tmp_path / "file"
-    plumbing.train.write_whole(path, lambda p: p.write_text("old"))
-
-    def failing(p):
-        p.write_text("ne")
-        raise OSError
-
-    with pytest.raises(OSError):
-        plumbing.train.write_whole(path, failing)
-    assert path.read_text() == "old"
-    plumbing.train.write_whole(path, lambda p: p.write_text("new"))
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
 def test_log_forgets_what_came_after_the_checkpoint(tmp_path):
@@ -571,10 +372,11 @@ def number_of(row, epoch):
 def fit_line(
     out, numbers, steps=6, batch=2, validate=dict, ranks=ALONE, make=number_of, loss=None, **more
 ):
-    """plumbing.train.fit on numbers -> code, counts, weight and bias."""
+    """A loop as in the stages, on numbers -> exit code, rows replaced, weight and bias."""
     line = Line()
     rows = [{"x": x, "where": f"rows:{k}"} for k, x in enumerate(numbers, 1)]
-    optimizer = ShardedAdamW(dict(line.named_parameters()), 0.0, ranks)
+    trained = dict(line.named_parameters())
+    optimizer = adamw(trained, 0.0, ALONE)
     args = argparse.Namespace(
         **{
             "out": out,
@@ -592,25 +394,28 @@ def fit_line(
         }
     )
 
-    def loss_of(policy, examples):
-        x = torch.tensor(examples).view(-1, 1).float()
-        value = ((policy(x) - 1) ** 2).sum()
-        return (loss(value, examples) if loss else value), {"seen": float(len(examples))}
-
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        code, counts = plumbing.train.fit(
-            args, ranks, line, optimizer, rows, make, len, loss_of, validate, RUN
-        )
+        run = Run(args, ranks, line, optimizer, trained, rows, make, RUN)
+        for step in run.steps():
+            n = ranks.sum(len(step.examples))
+            for examples in step.micro_batches():
+                value = ((line(torch.tensor(examples).view(-1, 1)) - 1) ** 2).sum() / n
+                value = loss(value, examples) if loss else value
+                value.backward()
+                step.log(loss=value, seen=len(examples) / n)
+            step.finish()
+            if step.saves:
+                step.row |= validate()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return code, counts, [p.item() for p in line.parameters()]
+    return run.exit_code, run.count_replaced(), [p.item() for p in line.parameters()]
 
 
 def test_the_loop_logs_sums_over_weights_and_validates_at_checkpoints(tmp_path):
     asked = []
-    code, counts, _ = fit_line(
+    code, replaced, _ = fit_line(
         tmp_path,
         [1.0, 2.0, 3.0],
         batch=3,
@@ -620,7 +425,7 @@ def test_the_loop_logs_sums_over_weights_and_validates_at_checkpoints(tmp_path):
         validate=lambda: asked.append(1) or {"held_out_loss": 7.0},
     )
     rows = stages.steps_of(tmp_path)
-    assert code == 0 and len(asked) == 3 and not any(counts.values())
+    assert code == 0 and len(asked) == 3 and replaced == 0
     expected_loss = sum((0.5 * x - 1) ** 2 for x in (1, 2, 3)) / 3
     assert all(
         row["loss"] == pytest.approx(expected_loss) and row["seen"] == 1 for row in rows.values()
@@ -649,8 +454,8 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, bad):
         return value * bad if calls.pop(0) else value
 
     calls = [0, 0, 0, 1] + [0] * 8  # one of the second step's two micro-batches
-    code, counts, after = fit_line(tmp_path / "a", [1.0, 2.0], steps=2, loss=loss)
-    assert code == 0 and counts["skipped"] == 1
+    code, _, after = fit_line(tmp_path / "a", [1.0, 2.0], steps=2, loss=loss)
+    assert code == 0
     calls = [0, 0, 0, 0]
     lines = fit_line(tmp_path / "b", [1.0, 2.0], steps=2, loss=loss)[2]
     expected = torch.load(tmp_path / "a/resume/step-00000002/trained.pt")
@@ -660,7 +465,8 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, bad):
     )  # what step 1 alone leaves
     moments = torch.load(tmp_path / "a/resume/step-00000002/moments-0.pt")
     assert all(m["step"] == 1 for m in moments.values()) and one_step[2] == lines
-    assert stages.read_rows(tmp_path / "a/log.jsonl")[1]["loss"] is None  # JSON has no NaN
+    logged = stages.read_rows(tmp_path / "a/log.jsonl")
+    assert [row["loss"] is None for row in logged] == [False, True]  # JSON has no NaN
 
 
 def test_several_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path):
@@ -671,7 +477,7 @@ def test_several_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path):
         )  # one good step in between
 
     seen = []
-    with pytest.raises(InputError, match=f"{plumbing.train.MAX_SKIPPED} steps on end") as error:
+    with pytest.raises(InputError, match=f"{plumbing.train.MAX_SKIPPED} steps in a row") as error:
         fit_line(tmp_path, [1.0], steps=50, batch=1, save_every=2, loss=loss)
     message = str(error.value)
     assert "\n" not in message and "resume" in message and "--lr" in message
@@ -682,20 +488,23 @@ def test_several_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path):
     )
 
 
-def test_rows_that_cannot_be_made_are_told_counted_and_left_out(tmp_path, capsys):
+def test_rows_that_cannot_be_made_are_replaced_reported_and_counted(tmp_path, capsys):
     def make(row, epoch):
         if row["x"] < 0:
             raise InputError(f"{row['x']}.png: damaged")
+        seen.append(row["x"])
         return row["x"]
 
-    code, counts, _ = fit_line(tmp_path / "a", [1.0, -2.0, 3.0], batch=3, steps=3, make=make)
+    seen = []
+    code, replaced, _ = fit_line(tmp_path / "a", [1.0, -2.0, 3.0], batch=3, steps=3, make=make)
     err = capsys.readouterr().err
-    assert code == 0 and "left out: " in err and "-2.0.png: damaged" in err
-    assert counts["broken"] == 1  # a row, however often it comes up
+    assert code == 0 and "replaced: rows:2: -2.0.png: damaged" in err
+    assert replaced == 1  # a row, however often it comes up
     assert err.count("-2.0.png: damaged") == 1
-    assert all(
-        row["seen"] == 1 for row in stages.steps_of(tmp_path / "a").values()
-    )  # per row that counted
+    assert sorted(seen) == [1.0] * 3 + [3.0] * 6  # by the next row in the file
+    assert all(row["seen"] == 1 for row in stages.steps_of(tmp_path / "a").values())
+    expected_loss = ((0.5 - 1) ** 2 + 2 * (1.5 - 1) ** 2) / 3
+    assert stages.steps_of(tmp_path / "a")[1]["loss"] == pytest.approx(expected_loss)
 
 
 def test_a_run_that_finds_no_image_any_more_stops(tmp_path):
@@ -706,11 +515,16 @@ def test_a_run_that_finds_no_image_any_more_stops(tmp_path):
             raise InputError("x.png: no such image file")
         return row["x"]
 
-    with pytest.raises(InputError, match=f"{plumbing.train.MAX_SKIPPED} steps on end") as error:
+    with pytest.raises(InputError, match="step 3: not one image can be read") as error:
         fit_line(tmp_path, [1.0, 2.0], steps=50, make=make, save_every=2)
     assert "\n" not in str(error.value)
     (checkpoint,) = (tmp_path / "resume").iterdir()
     assert {m["step"].item() for m in torch.load(checkpoint / "moments-0.pt").values()} == {2}
+
+
+def test_a_batch_smaller_than_the_number_of_ranks_is_refused(tmp_path):
+    with pytest.raises(InputError, match="--batch 2 is less than the 3 processes"):
+        fit_line(tmp_path, [1.0, 2.0, 3.0], batch=2, ranks=ranks_of(3)[0])
 
 
 def stopped(out, number, at, workers=0, **more):
@@ -759,18 +573,6 @@ def test_a_stop_while_validating_is_heeded(tmp_path):
         fit_line(tmp_path, [1.0], steps=6, save_every=2)[0] == 0
         and len(stages.steps_of(tmp_path)) == 6
     )
-
-
-def test_a_loader_s_workers_are_out_of_reach_of_their_group_s_signals(tmp_path, handlers):
-    """torchrun sends SIGTERM to a rank's whole process group; a worker that died of it would take the rank along."""
-
-    def make(row, epoch):
-        return float(os.getpgid(0) == os.getppid() or os.getpgid(0) == group)
-
-    group = os.getpgid(0)
-    batches = MicroBatches(4, 2, 2, 0, 2, 0, ALONE)
-    found = list(plumbing.data.loader([0] * 4, make, batches, 1))
-    assert found == [[0.0, 0.0], [0.0, 0.0]]
 
 
 # ---------------------------------------------------------------- memory
