@@ -139,7 +139,7 @@ def ask_held_out(model, ranks, boxes, rows, run):
         try:
             pixels = views(open_image(image), model.config.visual.image_size, boxes)
         except InputError as error:
-            run.report("left out", error)
+            run.report("left out", str(error))
             continue
         p_yes += yes_probability(model, pixels, [row["question"] for row in about]).tolist()
         truth += [row["yes"] for row in about]

@@ -665,7 +665,7 @@ def test_two_ranks_are_one_and_go_on_after_a_kill(captioner, whole, data, tmp_pa
 
 
 # ---------------------------------------------------------------- broken images, and what does not fit
-def test_broken_images_are_told_and_left_out(captioner, data, tmp_path, capsys):
+def test_broken_images_are_reported_and_replaced_or_left_out(captioner, data, tmp_path, capsys):
     """One image of the training part and one of the two held-out ones end in the middle of their pixels."""
     copy = shutil.copytree(data, tmp_path / "data")
     training, held = plumbing.data.split(
@@ -676,8 +676,10 @@ def test_broken_images_are_told_and_left_out(captioner, data, tmp_path, capsys):
         stages.break_pixels(path)
     assert stages.run(qa_adapter, *arguments(captioner, copy, tmp_path / "out")) == 0
     out, err = capsys.readouterr()
-    lines = [line for line in re.split("[\r\n]", err) if "left out: " in line]
+    lines = [line for line in re.split("[\r\n]", err) if re.search("(left out|replaced): ", line)]
     assert all(any(str(path) in line and "damaged" in line for line in lines) for path in bad)
+    assert all("replaced: " in line for line in lines if str(bad[0]) in line)
+    assert all("left out: " in line for line in lines if str(bad[1]) in line)
     assert all(re.search(r"questions\.jsonl:\d+: ", line) for line in lines if str(bad[0]) in line)
     assert len(lines) == len(set(lines)) and "4 held-out questions, at .5" in out
     assert json.loads((tmp_path / "out/adapters.json").read_text())["threshold"] > 0
