@@ -1,17 +1,26 @@
-"""Captions against known truth: what they tell rightly, what they leave out, what they invent.
+"""Captions against known truth: what they get right, what they leave out and what they invent.
 
-READS   captions (JSONL of {"image", "caption", "finish", "tokens"} or {"image", "error"}, several rows an image if need
-        be) or a golden file; the truth about the images, or COCO's annotations and a file of synonyms
+READS   captions (JSONL of {"image", "caption", "finish", "tokens"} or {"image", "error"}, one or
+        more rows per image) or a golden file; the truth about the images, or COCO's annotations
+        and a file of synonyms
 WRITES  a table to stdout; with --json, all figures to a file
 
     python evaluate.py captions.jsonl truth.jsonl
-    python evaluate.py golden.jsonl truth.jsonl --json out/golden.json      # samples, combined, golden, and the gate
+    python evaluate.py out/golden/record.jsonl truth.jsonl --json out/golden.json
     python evaluate.py captions.jsonl --coco instances.json --synonyms synonyms.txt
 
-What a row of truth is, and how each figure is counted, stands in scoring.py. Of COCO's objects:
- - chair_i, chair_s: what is not there of the categories named, and captions that name such; coverage: annotated
-   categories that are named. A category counts once a caption, and annotations alone are the truth: published figures
-   count mentions, and know more objects from reference captions. "baby bird" is no baby if the synonyms say so
+For a golden file the table has a column each for the samples, the combined and the golden captions,
+and a line about the gate. plumbing/scoring.py defines a row of truth and every figure but CHAIR
+(https://arxiv.org/abs/1809.02156), which this file computes from COCO's object categories:
+
+    chair_i   categories named that are not in the image / categories named
+    chair_s   captions that name a category that is not in the image / captions
+    coverage  categories in the image that are named / categories in the image
+
+Decided differently from the paper: a category counts once per caption, where published figures
+count every mention; and only the annotations say what is in an image, where the paper adds the
+objects of reference captions. The longest phrase counts, so that the synonyms can keep a
+"baby bird" from counting as a baby.
 """
 import argparse
 import json
@@ -20,9 +29,11 @@ import os
 import re
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
-from plumbing import data, train
+from plumbing import data
+from plumbing.arguments import count_or_none
 from plumbing.errors import InputError
 from plumbing.scoring import normal, pooled, ratio, score, score_golden, tally
 
@@ -32,81 +43,109 @@ def parse_args(argv):
     p.add_argument("captions", help="JSONL of captions, or a golden file")
     p.add_argument("truth", nargs="?", help="JSONL of the truth about the images")
     p.add_argument("--coco", help="COCO instances JSON, in place of a truth file")
-    p.add_argument("--synonyms", help="with --coco: a category per line, `name: word, word` or `name, word, word`")
+    p.add_argument("--synonyms", help="with --coco: a file with one category per line, "
+                                      "`name: word, word` or `name, word, word`")
     p.add_argument("--json", metavar="OUT", help="file to write all figures to")
-    p.add_argument("--bootstrap", type=int, default=1000, help="resamples for the intervals (default: 1000; 0: none)")
-    p.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    p.add_argument("--bootstrap", type=count_or_none, default=1000,
+                   help="resamples for the intervals (default: 1000; 0: no intervals)")
+    p.add_argument("--seed", type=count_or_none, default=0, help="of the bootstrap (default: 0)")
     args = p.parse_args(argv)
     if bool(args.truth) == bool(args.coco) or bool(args.coco) != bool(args.synonyms):
         p.error("give a truth file, or --coco with --synonyms")
-    if args.bootstrap < 0 or args.seed < 0:
-        p.error("--bootstrap and --seed must not be negative")
     return args
 
 
 # ---------------------------------------------------------------- CHAIR
 def pieces(text):
-    """Words in lower case, and signs, which keep words from being one phrase; a hyphen does not."""
+    """Lower-case words, and signs, which separate phrases; hyphens are ignored."""
     return re.findall(r"\w+|[^\w\s-]", text.casefold())
 
 
-def mentioned(caption, phrases, longest):
-    """The categories that a caption names; the longest phrase counts: a "hot dog" is no dog. longest: words of any."""
-    words, found, i = pieces(caption), set(), 0
+def with_plurals(synonyms):
+    """{phrase: category} with the simple plurals (-s, -es, -ies) that are not phrases already."""
+    phrases = {" ".join(pieces(phrase)): category for phrase, category in synonyms.items()}
+    plurals = {}
+    for phrase, category in phrases.items():
+        for plural in (f"{phrase}s", f"{phrase}es", re.sub("y$", "ies", phrase)):
+            plurals[plural] = category
+    return plurals | phrases
+
+
+def named_categories(caption, phrases, longest):
+    """The categories that a caption names, by {phrase: category} of up to `longest` words.
+
+    At each word the longest phrase counts: a "hot dog" is not a dog.
+    """
+    words, categories, i = pieces(caption), set(), 0
     while i < len(words):
-        starts = (" ".join(words[i:i + n]) for n in range(longest, 0, -1))
-        phrase = next((start for start in starts if start in phrases), None)
-        if phrase:
-            found.add(phrases[phrase])
-        i += len(phrase.split(" ")) if phrase else 1
-    return found
+        candidates = (" ".join(words[i:i + n]) for n in range(longest, 0, -1))
+        phrase = next((text for text in candidates if text in phrases), None)
+        if phrase is None:
+            i += 1
+        else:
+            categories.add(phrases[phrase])
+            i += len(phrase.split(" "))
+    return categories
+
+
+def count_objects(row, present, phrases, longest):
+    """The counts behind CHAIR of one caption row, given the set of categories in its image."""
+    named = named_categories(row["caption"], phrases, longest)
+    return Counter(captions=1, named=len(named), present=len(present),
+                   invented=len(named - present), covered=len(named & present),
+                   inventing=not named <= present)
+
+
+def chair_metrics(n):
+    """The metrics from a Counter of sums, which are numbers, or arrays over resamples."""
+    return {"chair_i": ratio(n["invented"], n["named"]),
+            "chair_s": ratio(n["inventing"], n["captions"]),
+            "coverage": ratio(n["covered"], n["present"])}
 
 
 def chair(captions, objects, synonyms, bootstrap=0, seed=0):
-    """CHAIR-i, CHAIR-s and coverage of caption rows; objects {image: set of categories}, synonyms {phrase: category}.
+    """CHAIR and coverage of caption rows, as the top of this file defines them.
 
-    A phrase also stands for its simple plurals (-s, -es, -ies), unless they are phrases themselves.
+    objects {image: set of categories}, synonyms {phrase: category}. Returns the metrics, the
+    numbers of rows and images, and, with `bootstrap` resamples, "intervals" {name: [low, high]}.
     """
-    phrases = {" ".join(pieces(phrase)): name for phrase, name in synonyms.items()}
-    phrases = {form: name for phrase, name in phrases.items()
-               for form in (f"{phrase}s", f"{phrase}es", re.sub("y$", "ies", phrase))} | phrases
+    phrases = with_plurals(synonyms)
     longest = max((len(phrase.split(" ")) for phrase in phrases), default=1)
-
-    def count(row, there):
-        said = mentioned(row["caption"], phrases, longest)
-        return Counter(captions=1, said=len(said), invented=len(said - there), inventing=not said <= there,
-                       told=len(said & there), there=len(there))
-
-    def formulas(n):
-        return {"chair_i": ratio(n["invented"], n["said"]), "chair_s": ratio(n["inventing"], n["captions"]),
-                "coverage": ratio(n["told"], n["there"])}
-    counts, rows = tally(captions, objects, count)
-    return {**pooled(counts, formulas, bootstrap, seed)[1], **rows}
+    count = partial(count_objects, phrases=phrases, longest=longest)
+    counts, numbers = tally(captions, objects, count)
+    _, figures = pooled(counts, chair_metrics, bootstrap, seed)
+    return {**figures, **numbers}
 
 
 def read_coco(path):
     """A COCO instances file -> {file name: set of categories}, and the set of all categories."""
-    stored = Path(path).read_bytes()
+    content = Path(path).read_bytes()
     try:
-        stored = json.loads(stored)
-        names = {category["id"]: normal(category["name"]) for category in stored["categories"]}
-        objects = {image["id"]: set() for image in stored["images"]}
-        for annotation in stored["annotations"]:
+        coco = json.loads(content)
+        names = {category["id"]: normal(category["name"]) for category in coco["categories"]}
+        objects = {image["id"]: set() for image in coco["images"]}
+        for annotation in coco["annotations"]:
             if annotation["image_id"] in objects:
                 objects[annotation["image_id"]].add(names[annotation["category_id"]])
-        objects = {str(image["file_name"]): objects[image["id"]] for image in stored["images"]}
+        objects = {str(image["file_name"]): objects[image["id"]] for image in coco["images"]}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: is not COCO's JSON of images, annotations and categories ({error!r:.80})") from None
+        raise InputError(f"{path}: is not COCO's JSON of images, annotations and categories "
+                         f"({error!r:.80})") from None
     return objects, set(names.values())
 
 
 def read_synonyms(path, categories):
-    """A file of synonyms -> {phrase: category}, with the categories themselves; the last line with a phrase counts."""
+    """A file of synonyms -> {phrase: category}, which includes the categories themselves.
+
+    Of several lines with a phrase the last one counts.
+    """
     synonyms = {name: name for name in categories}
-    for number, line in enumerate(Path(path).read_text("utf-8", "replace").splitlines(), 1):
+    lines = Path(path).read_text("utf-8", "replace").splitlines()
+    for number, line in enumerate(lines, 1):
         name, *words = map(normal, line.replace(":", ",", 1).split(","))
         if line.strip() and name not in categories:
-            raise InputError(f"{path}:{number}: {name!r} is none of the categories; a line is `category: word, word`")
+            raise InputError(f"{path}:{number}: {name!r} is not one of the categories; a line is "
+                             "`category: word, word`")
         synonyms |= {word: name for word in words if word}
     return synonyms
 
@@ -116,91 +155,119 @@ def is_golden(row):
     return any(key in row for key in ("samples", "chosen", "left_out"))
 
 
-def is_list(items, *keys):
-    """Whether something is a list of objects with a text under the first of the keys, and text or nothing elsewhere."""
+def are_objects(items, required, *optional):
+    """Whether items is a list of objects with text under `required`, text or null elsewhere."""
+    keys = required, *optional
     return isinstance(items, list) and all(
-        isinstance(item, dict) and isinstance(item.get(keys[0]), str)
+        isinstance(item, dict) and isinstance(item.get(required), str)
         and all(isinstance(item.get(key), str | None) for key in keys) for item in items)
 
 
-def result_fault(row):
+def caption_fault(row):
     """What is wrong with a row of captions or of a golden file, or None."""
-    if is_golden(row):
-        whole = is_list(row.get("samples") or [], "caption") and is_list(row.get("statements") or [], "text")
-        whole = whole and all(isinstance(row.get(key), str | None) for key in ("combined", "chosen"))
-        return None if whole else "samples, combined, chosen or statements are not those of a golden file"
-    return None if isinstance(row.get("caption"), str) or "error" in row else "neither caption nor error"
+    if not is_golden(row):
+        is_valid = isinstance(row.get("caption"), str) or "error" in row
+        return None if is_valid else "has neither a caption nor an error"
+    is_valid = (are_objects(row.get("samples") or [], "caption")
+                and are_objects(row.get("statements") or [], "text")
+                and all(isinstance(row.get(key), str | None) for key in ("combined", "chosen")))
+    return None if is_valid else ("samples, combined, chosen or statements are not those of a "
+                                  "golden file")
 
 
 def truth_fault(row):
     """What is wrong with a row of truth, or None."""
     facts, planted, also = (row.get(key) or [] for key in ("facts", "planted", "also_true"))
-    if not is_list(facts, "text", "about", "kind") or not facts:
+    if not facts or not are_objects(facts, "text", "about", "kind"):
         return 'no facts, a list of {"text", "about", "kind", "detail"}'
-    if not is_list(planted, "text", "about", "group") or not isinstance(also, list):
-        return 'planted is no list of {"text", "about", "group"}, or also_true is none of texts'
-    texts = [*(item["text"] for item in facts + planted), *also]
-    return next((f"{text!r} is not a statement: a text without a comma" for text in texts
-                 if not isinstance(text, str) or "," in text), None)
+    if not are_objects(planted, "text", "about", "group"):
+        return 'planted is not a list of {"text", "about", "group"}'
+    if not isinstance(also, list):
+        return "also_true is not a list of texts"
+    for text in [*(item["text"] for item in facts + planted), *also]:
+        if not isinstance(text, str) or "," in text:
+            return f"{text!r} is not a statement: a text without a comma"
+    return None
 
 
 def read(path, fault):
-    """The rows of a JSONL file in which fault(row) finds nothing; the others are told on stderr."""
+    """The rows of a JSONL file in which fault(row) finds nothing; the others are reported."""
     rows, bad = [], []
     for where, row in data.read_jsonl(path):
         row = row or {}
-        for ours, imagefolder in (("image", "file_name"), ("caption", "text")):
-            if imagefolder in row:
-                row.setdefault(ours, row[imagefolder])
-        reason = fault(row) if isinstance(row.get("image"), str) else "no JSON object with an image"
+        for key, imagefolder_key in (("image", "file_name"), ("caption", "text")):
+            if imagefolder_key in row:
+                row.setdefault(key, row[imagefolder_key])
+        has_image = isinstance(row.get("image"), str)
+        reason = fault(row) if has_image else "not a JSON object with an image"
         if reason:
             bad.append((where, reason))
         else:
             rows.append(row)
     rows, bad = data.need_rows(path, rows, bad)
-    data.tell_bad("evaluate.py", bad)
+    data.report_bad("evaluate.py", bad)
     return rows
 
 
-def match(rows, path, names, truth):
-    """Rows of the file `path`, their images called as the file `truth` calls them (names), or None where it does not.
+# ---------------------------------------------------------------- images of two files
+def resolved(name, file=""):
+    """The real path of an image's name relative to a file, or else to the current folder."""
+    path = os.path.join(os.path.dirname(file), name)
+    try:
+        return os.path.realpath(path)
+    except ValueError:          # no file can have this name
+        return path
 
-    Names are relative to their file or, those of rows, to the current folder. Where no path is the same, a file name
-    that each side has once is.
-    """
-    def place(name, beside=""):
-        path = os.path.join(os.path.dirname(beside), name)
-        try:
-            return os.path.realpath(path)
-        except ValueError:          # no file has such a name
-            return path
-    known, images = {place(name, truth): name for name in names}, sorted({row["image"] for row in rows})
-    found = {image: known[at] for image in images for at in (place(image), place(image, path)) if at in known}
-    by_path = len(found)
-    ours, theirs = (Counter(map(os.path.basename, side)) for side in (images, names))
-    bases = {os.path.basename(name): name for name in names}
+
+def match_paths(images, path, names, truth):
+    """{image of the file `path`: name in the file `truth`} for those with the same path."""
+    by_path = {resolved(name, truth): name for name in names}
+    matched = {}
     for image in images:
-        base = os.path.basename(image)
-        if image not in found and ours[base] == theirs[base] == 1:
-            found[image] = bases[base]
-    if not found:
-        raise InputError(f"{path}: none of its {len(images)} images is in {truth}; compared were paths, such as "
-                         f"{place(images[0], path)!r} with {min(known, default=None)!r}, and file names that each side "
-                         "has once")
-    if by_path < len(images):
-        print(f"evaluate.py: {path}: of {len(images)} images, {truth} has {by_path} by their path, another "
-              f"{len(found) - by_path} by file name alone; {len(images) - len(found)} are unknown", file=sys.stderr)
-    return [{**row, "image": found.get(row["image"])} for row in rows]
+        for candidate in (resolved(image, path), resolved(image)):
+            if candidate in by_path:
+                matched.setdefault(image, by_path[candidate])
+    return matched
+
+
+def match_file_names(images, names):
+    """{image: name} for those with the same file name, if it occurs once on each side."""
+    n_images, n_names = (Counter(map(os.path.basename, side)) for side in (images, names))
+    by_base = {os.path.basename(name): name for name in names}
+    bases = {image: os.path.basename(image) for image in images}
+    return {image: by_base[base] for image, base in bases.items()
+            if n_images[base] == n_names[base] == 1}
+
+
+def match(rows, path, names, truth):
+    """Rows of the file `path` with their images named as in the file `truth` (names), or None.
+
+    Names are relative to their file or, those of rows, to the current folder. An image whose path
+    is not in the truth is looked up by its file name.
+    """
+    images = sorted({row["image"] for row in rows})
+    by_path = match_paths(images, path, names, truth)
+    matched = match_file_names(images, names) | by_path
+    if not matched:
+        known = min((resolved(name, truth) for name in names), default=None)
+        raise InputError(f"{path}: none of its {len(images)} images is in {truth}; compared were "
+                         f"paths, such as {resolved(images[0], path)!r} with {known!r}, and file "
+                         "names that occur once on each side")
+    if len(by_path) < len(images):
+        print(f"evaluate.py: {path}: of {len(images)} images, {truth} has {len(by_path)} by their "
+              f"path, another {len(matched) - len(by_path)} by file name alone; "
+              f"{len(images) - len(matched)} are unknown", file=sys.stderr)
+    return [{**row, "image": matched.get(row["image"])} for row in rows]
 
 
 # ---------------------------------------------------------------- main
 def judge(args):
-    """The figures that the arguments ask for: of captions, of a golden file, or against COCO's annotations."""
-    rows = read(args.captions, result_fault)
+    """The figures that the arguments ask for."""
+    rows = read(args.captions, caption_fault)
     golden = any(map(is_golden, rows))
     if args.coco:
         if golden:
-            raise InputError(f"{args.captions}: is a golden file; --coco wants captions")
+            raise InputError(f"{args.captions}: is a golden file; --coco needs captions")
         objects, categories = read_coco(args.coco)
         synonyms = read_synonyms(args.synonyms, categories)
         rows = match(rows, args.captions, list(objects), args.coco)
@@ -208,21 +275,31 @@ def judge(args):
     truth = read(args.truth, truth_fault)
     names = [row["image"] for row in truth]
     if twice := [name for name, times in Counter(names).items() if times > 1]:
-        raise InputError(f"{args.truth}: has {twice[0]!r} twice; keep one row of an image")
+        raise InputError(f"{args.truth}: has {twice[0]!r} twice; keep one row per image")
     rows = match(rows, args.captions, names, args.truth)
-    return (score_golden if golden else score)(rows, truth, args.bootstrap, args.seed)
+    scores = score_golden if golden else score
+    return scores(rows, truth, args.bootstrap, args.seed)
 
 
-def cells(figures, before=""):
-    """Figures, some in dicts of their own -> (label, text) of each, with its interval if it has one."""
-    def number(value):
-        return str(value) if isinstance(value, int) else "-" if math.isnan(value) else f"{value:.3f}"
+def number_text(value):
+    if isinstance(value, int):
+        return str(value)
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+def cells(figures, prefix=""):
+    """Yield (label, text) of each figure, with its interval if it has one; dicts are flattened."""
+    intervals = figures.get("intervals", {})
     for name, value in figures.items():
-        if isinstance(value, dict) and name != "intervals":
-            yield from cells(value, f"{before}{name} ")
-        elif name != "intervals":
-            ends = figures.get("intervals", {}).get(name)
-            yield before + name, number(value) + (f"  [{', '.join(map(number, ends))}]" if ends else "")
+        if name == "intervals":
+            continue
+        if isinstance(value, dict):
+            yield from cells(value, f"{prefix}{name} ")
+            continue
+        text = number_text(value)
+        if name in intervals:
+            text += f"  [{', '.join(map(number_text, intervals[name]))}]"
+        yield prefix + name, text
 
 
 def show(columns):
@@ -231,29 +308,29 @@ def show(columns):
     labels = dict.fromkeys(label for column in table for label in column)
     width = max(map(len, labels)) + 2
     for label in labels:
-        print(f"{label:{width}}" + "".join(f"{column.get(label, '-'):26}" for column in table).rstrip())
+        line = "".join(f"{column.get(label, '-'):26}" for column in table)
+        print(f"{label:{width}}" + line.rstrip())
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if hasattr(sys.stdout, "reconfigure"):      # the name of a file or kind need not be text
+    if hasattr(sys.stdout, "reconfigure"):      # names of files and kinds may hold odd bytes
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        found = judge(args)
-        if "gate" in found:
-            show({name: found[name] for name in ("sample", "combined", "golden")})
-            print("gate: " + ", ".join(f"{name} {text}" for name, text in cells(found["gate"])))
+        figures = judge(args)
+        if "gate" in figures:
+            show({name: figures[name] for name in ("sample", "combined", "golden")})
+            print("gate: " + ", ".join(f"{name} {text}" for name, text in cells(figures["gate"])))
         else:
-            show({args.captions: found})
+            show({args.captions: figures})
         if args.json:
-            text = json.dumps(train.without_nan({**found, "arguments": vars(args)}), indent=1)
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            train.write_whole(args.json, lambda path: path.write_text(text + "\n"))
+            data.write_json(args.json, {**figures, "arguments": vars(args)})
     except InputError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"evaluate.py: {error.filename or 'stdout'}: cannot be used ({error.strerror})", file=sys.stderr)
+        print(f"evaluate.py: {error.filename or 'stdout'}: cannot be used ({error.strerror})",
+              file=sys.stderr)
         return 1
     return 0
 

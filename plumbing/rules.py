@@ -1,7 +1,7 @@
-"""The shorthand tool: what a tool LLM is asked, done by rules, for captions that are comma-separated statements.
+"""The shorthand tool: rules in place of a tool LLM, for captions of comma-separated statements.
 
-The first word of a statement says what it is about ("top-left red circle", "background gray"). No model, no cost, and
-the same answer every time: what the toy world and the tests use.
+The first word of a statement names its subject ("top-left red circle", "background gray"). Rules
+cost nothing and always give the same answer, so the toy world and the tests use them.
 """
 import random
 import re
@@ -10,118 +10,147 @@ MOST_QUESTIONS = 120        # about one image [the source: 30 to 120]
 
 
 class Unreadable(ValueError):
-    """There is no answer to be had from this; half: as much of it as could be read, if any."""
+    """No answer can be read from a text. `partial` holds as much of it as could be read, if any."""
 
-    def __init__(self, reason, half=None):
+    def __init__(self, reason, partial=None):
         super().__init__(reason)
-        self.half = half
+        self.partial = partial
 
 
 # ---------------------------------------------------------------- statements
 def clean(text):
-    """A text on one line, without what UTF-8 cannot hold; "" for what is no text."""
-    return " ".join(text.encode("utf-8", "replace").decode().split()) if isinstance(text, str) else ""
+    """A text on one line, "?" for characters that UTF-8 cannot hold; "" for anything but text."""
+    if not isinstance(text, str):
+        return ""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
 def statements(caption):
     """The statements of a shorthand caption, in order, without repetition."""
-    found = {}
+    spellings = {}
     for part in caption.split(","):
         text = clean(part).strip(" .")
-        found.setdefault(text.casefold(), text)
-    return [text for text in found.values() if text]
+        spellings.setdefault(text.casefold(), text)
+    return [text for text in spellings.values() if text]
 
 
 def question_of(statement):
-    """The question that the shorthand tool makes of a statement."""
+    """The question with which the shorthand tool checks a statement."""
     return f"Does the image show {statement}?"
 
 
-def lone_groups_dropped(rows):
-    """Rows in which a group of one is none: nothing excludes it."""
-    names = [row["group"] for row in rows]
-    return [{**row, "group": row["group"] if names.count(row["group"]) > 1 else None} for row in rows]
+def drop_lone_groups(rows):
+    """Rows with "group" None where no other row is in the same group: nothing contradicts them."""
+    groups = [row["group"] for row in rows]
+    return [{**row, "group": row["group"] if groups.count(row["group"]) > 1 else None}
+            for row in rows]
 
 
 def fewer(rows):
-    """At most MOST_QUESTIONS rows, in order: those with the most votes."""
-    best = sorted(range(len(rows)), key=lambda k: (-rows[k]["votes"], k))[:MOST_QUESTIONS]
-    return [rows[k] for k in sorted(best)]
+    """At most MOST_QUESTIONS rows, those with the most votes, in their order."""
+    ranked = sorted(range(len(rows)), key=lambda k: (-rows[k]["votes"], k))
+    return [rows[k] for k in sorted(ranked[:MOST_QUESTIONS])]
 
 
-# ---------------------------------------------------------------- the five operations
-FILLER = re.compile(r"""(?ix)^(?:(?:overall|also|additionally|finally|and|but|then|however)(?:\s+|$)
+# ---------------------------------------------------------------- rewrite
+# A verb must follow "the picture" and the like: "the picture on the wall" is not filler.
+FILLER = re.compile(r"""(?ix)^(?:
+    (?:overall|also|additionally|finally|and|but|then|however)(?:\s+|$)
     |(?:in|on)\s+(?:the|this|an?)\s+(?:image|picture|photo|photograph|scene|view)(?:\s+|$)
-    |(?:the|this|an?)\s+(?:image|picture|photo|photograph|scene|view)      # not "the picture on the wall"
-      \s+(?:(?:is\s+)?of|shows?|depicts?|features?|captures?|presents?|displays?|contains?|portrays?)\s+
-    |there\s+(?:is|are|seems?\s+to\s+be|appears?\s+to\s+be)\s+|(?:we|you|one)\s+(?:can\s+)?sees?\s+
-    |it\s+(?:appears|seems)\s+(?:that|to\s+be)\s+|(?:an?|the)\s+)""")
+    |(?:the|this|an?)\s+(?:image|picture|photo|photograph|scene|view)\s+
+      (?:(?:is\s+)?of|shows?|depicts?|features?|captures?|presents?|displays?|contains?|portrays?)\s+
+    |there\s+(?:is|are|seems?\s+to\s+be|appears?\s+to\s+be)\s+
+    |(?:we|you|one)\s+(?:can\s+)?sees?\s+
+    |it\s+(?:appears|seems)\s+(?:that|to\s+be)\s+
+    |(?:an?|the)\s+)""")
 
 
 def rewrite_rule(caption):
     """Sentences and clauses as statements, without their filler and articles."""
-    parts = [part.strip() for part in re.split(r"[,;!?\n]+|[.:](?=\s|$)", caption)]
-    kept = []
-    for part in parts:
-        while FILLER.match(part):
-            part = FILLER.sub("", part)
-        kept.append(part)
-    if not statements(", ".join(kept)):
-        raise Unreadable("nothing is left of the caption")
-    return ", ".join(statements(", ".join(kept)))
+    clauses = []
+    for clause in re.split(r"[,;!?\n]+|[.:](?=\s|$)", caption):
+        clause = clause.strip()
+        while FILLER.match(clause):
+            clause = FILLER.sub("", clause)
+        clauses.append(clause)
+    shorthand = statements(", ".join(clauses))
+    if not shorthand:
+        raise Unreadable("the caption holds no statement")
+    return ", ".join(shorthand)
 
 
-# Where something can be, in the order in which a caption goes through it; other things follow, in alphabetical order.
-PLACES = ("background", "top-left", "top", "top-right", "left", "right", "bottom-left", "bottom", "bottom-right",
-          "center", "centre", "foreground")
+# ---------------------------------------------------------------- combine
+# The order in which a caption describes places; other subjects follow in alphabetical order.
+PLACES = ("background", "top-left", "top", "top-right", "left", "right", "bottom-left", "bottom",
+          "bottom-right", "center", "centre", "foreground")
+
+# A place after one of these belongs to the statement: "left hand on the right knee".
+LINKS = {"the", "a", "an", "its", "his", "her", "of", "on", "in", "at", "to", "from", "by", "near",
+         "with", "and"}
 
 
-# After these a place is part of what is said: "left hand on the right knee".
-LINKS = {"the", "a", "an", "its", "his", "her", "of", "on", "in", "at", "to", "from", "by", "near", "with", "and"}
+def split_at_places(statement):
+    """Yield the parts of a statement in which a comma was forgotten.
 
-
-def parted(caption):
-    """The statements of a caption, parted also where a comma was forgotten: where one begins with a place, the next
-    place begins another ("top-left red circle top-right stripes", but not "woman on the left"). A place alone says
-    nothing."""
-    for text in statements(caption):
-        words = text.split()
-        folded = [word.casefold() for word in words]
-        starts = [k for k, word in enumerate(folded) if k == 0 or (
-            folded[0] in PLACES and word in PLACES and folded[k - 1] not in LINKS)]
-        for k, end in zip(starts, [*starts[1:], len(words)]):
-            if end - k > 1 or folded[k] not in PLACES:
-                yield " ".join(words[k:end])
+    In a statement that begins with a place, every further place begins another statement ("top-left
+    red circle top-right stripes"), unless a linking word precedes it. A place alone states nothing.
+    """
+    words = statement.split()
+    folded = [word.casefold() for word in words]
+    starts = [0]
+    if folded[0] in PLACES:
+        starts += [k for k in range(1, len(words))
+                   if folded[k] in PLACES and folded[k - 1] not in LINKS]
+    for start, end in zip(starts, [*starts[1:], len(words)]):
+        is_lone_place = end - start == 1 and folded[start] in PLACES
+        if not is_lone_place:
+            yield " ".join(words[start:end])
 
 
 def combine_rule(captions):
-    """What any of the captions says, once, always in the same order, and how many of them say it.
+    """Every statement of the captions once, in a fixed order, with the number of captions it is in.
 
-    One place has one thing of a form: statements about the same place with as many words exclude each other
-    ("top-left red circle" and "top-left red ring", but not "top-left stripes"), and so share a group. Half a statement
-    ("top-left red") is dropped where the whole is said.
+    A place has one object of each kind: statements about one place with equally many words
+    contradict each other, so they share a group ("top-left red circle" and "top-left red ring", but
+    not "top-left stripes"). Half a statement ("top-left red") is dropped if a whole one is there.
     """
     rows = {}
     for caption in captions:
-        for key, text in {text.casefold(): text for text in parted(caption)}.items():
-            about = text.split()[0]
-            group = f"{about.casefold()} {len(text.split())}" if about.casefold() in PLACES else None
-            row = rows.setdefault(key, {"text": text, "about": about, "group": group, "votes": 0})
+        parts = [part for statement in statements(caption) for part in split_at_places(statement)]
+        for key, text in {part.casefold(): part for part in parts}.items():
+            row = rows.setdefault(key, combined_row(text))
             row["votes"] += 1
-    said = {key: key.split() for key in rows}
-    whole = [row for key, row in rows.items() if not any(
-        said[key][0] == more[0] and set(said[key]) < set(more) for more in said.values())]
-
-    def order(row):
-        about = row["about"].casefold()
-        place = PLACES.index(about) if about in PLACES else len(PLACES)
-        return place, about, -len(row["text"].split()), row["text"].casefold()
-    return lone_groups_dropped(sorted(whole, key=order))
+    all_words = [key.split() for key in rows]
+    whole = [row for key, row in rows.items() if not is_half(key.split(), all_words)]
+    return drop_lone_groups(sorted(whole, key=reading_order))
 
 
+def combined_row(text):
+    """A row for a statement that no caption has voted for yet."""
+    words = text.split()
+    place = words[0].casefold()
+    group = f"{place} {len(words)}" if place in PLACES else None
+    return {"text": text, "about": words[0], "group": group, "votes": 0}
+
+
+def is_half(words, all_words):
+    """Whether a statement about the same subject has all of these words and more."""
+    return any(words[0] == others[0] and set(words) < set(others) for others in all_words)
+
+
+def reading_order(row):
+    """A sort key: by place, then by subject, longer statements first."""
+    about = row["about"].casefold()
+    place = PLACES.index(about) if about in PLACES else len(PLACES)
+    return place, about, -len(row["text"].split()), row["text"].casefold()
+
+
+# ---------------------------------------------------------------- decompose and correct
 def decompose_rule(rows):
-    return lone_groups_dropped([{"text": row["text"], "question": question_of(row["text"]), "about": row["about"],
-                                 "group": row["group"], "votes": row["votes"]} for row in fewer(rows)])
+    """A question for every statement, each of which is a single fact already."""
+    facts = [{"text": row["text"], "question": question_of(row["text"]), "about": row["about"],
+              "group": row["group"], "votes": row["votes"]} for row in fewer(rows)]
+    return drop_lone_groups(facts)
 
 
 def correct_rule(item):
@@ -129,30 +158,49 @@ def correct_rule(item):
     return ", ".join(row["text"] for row in item["statements"] if row["kept"])
 
 
+# ---------------------------------------------------------------- triplets
 def slots(captions):
-    """What words stand in the same slot of like statements -> {(first word, number of words, place): words}."""
-    found = {}
+    """The words that occur in each slot of similar statements.
+
+    Returns {(first word, number of words, position): set of words}, all in lower case.
+    """
+    words_in = {}
     for caption in captions:
         for text in statements(caption):
-            parts = text.casefold().split()
-            for place, word in enumerate(parts):
-                found.setdefault((parts[0], len(parts), place), set()).add(word)
-    return found
+            words = text.casefold().split()
+            for position, word in enumerate(words):
+                words_in.setdefault((words[0], len(words), position), set()).add(word)
+    return words_in
 
 
 def triplets_rule(item):
-    """Each statement asked as it is, and with one word (not the first) changed for another that stands there in other
-    captions and in none of this one's statements."""
-    rng, mine, rows = random.Random(item["caption"]), slots([item["caption"]]), []
+    """A question with the answer yes for each statement, and one with the answer no.
+
+    The latter changes one word, never the first, for a word that other captions have in its slot
+    and no statement of this caption has.
+    """
+    rng = random.Random(item["caption"])
+    own_slots = slots([item["caption"]])
+    rows = []
     for text in statements(item["caption"]):
-        parts = text.split()
         rows.append({"question": question_of(text), "answer": f"Yes, {text}"})
-        keys = [(parts[0].casefold(), len(parts), place) for place in range(1, len(parts))]
-        others = [(key[2], word) for key in keys for word in sorted(item["slots"].get(key, set()) - mine[key])]
-        if others:
-            place, word = rng.choice(others)
-            miss = " ".join([*parts[:place], word, *parts[place + 1:]])
+        miss = near_miss(text, item["slots"], own_slots, rng)
+        if miss:
             rows.append({"question": question_of(miss), "answer": f"No, {text}"})
     if not rows:
-        raise Unreadable("the caption says nothing")
+        raise Unreadable("the caption holds no statement")
     return rows
+
+
+def near_miss(text, known_slots, own_slots, rng):
+    """A statement with one word changed as in triplets_rule; None if no word can be."""
+    words = text.split()
+    changes = []
+    for position in range(1, len(words)):
+        slot = words[0].casefold(), len(words), position
+        others = known_slots.get(slot, set()) - own_slots[slot]
+        changes += [(position, word) for word in sorted(others)]
+    if not changes:
+        return None
+    position, word = rng.choice(changes)
+    return " ".join([*words[:position], word, *words[position + 1:]])

@@ -1,72 +1,113 @@
-"""How captions are counted against known truth: used by evaluate.py, which reads the files.
+"""How captions are scored against known truth. evaluate.py reads the files and prints the figures.
 
-A row of truth: {"image", "facts": [{"text", "about", "kind", "detail"}], "planted": [{"text", "about", "group"}],
-"also_true": [text]}. A full caption tells all facts; `about` is what a text speaks of and begins with, `kind` sorts
-facts, `detail` marks small ones. `planted` are false statements to which a known correlation of the training data
-tempts; `also_true` need not be told. Only image and facts, and of these the text, must be there.
+A row of truth: {"image", "facts": [{"text", "about", "kind", "detail"}],
+"planted": [{"text", "about", "group"}], "also_true": [text]}. A complete caption states all facts.
+`about` is a fact's subject, with which its text begins, `kind` is its category, and `detail` marks
+small ones. `planted` are false statements to which a known correlation in the training data tempts
+a model. `also_true` are true statements that need not be made. Only "image", "facts" and their
+"text" are required.
 
-A caption's statements are its parts between commas. A share is a sum over images ÷ a sum over images; "-" is 0 ÷ 0.
- - precision: true statements ÷ statements, each counted once a caption. recall: (facts told + Q) ÷ (facts + Q), Q being
-   the true statements beyond the facts (DCScore, of DeCapBench). f1: their harmonic mean
- - detail_precision: of the statements that claim a detail (text is a detail, or planted, on any image; or all facts of
-   its `about` are details), the true ones. detail_recall: details told ÷ details
- - planted: of the things (`about`; where it lacks, the text but its last word) with planted statements, those of which
-   one is told. eos: captions that ended by themselves. repeat: those that looped, or say a statement twice
- - length: tokens where rows tell them, else statements, repeats included. Intervals: 95 %, bootstrap over images
+A caption's statements are its parts between commas, each counted once per caption. With sums over
+all captions of all images, S: statements, T: true ones, F: facts, R: facts that are stated, and
+E: true statements that are no facts ("also_true"), as in DCScore of DeCapBench
+(https://arxiv.org/abs/2503.07906):
+
+    precision         T / S
+    recall            (R + E) / (F + E)
+    f1                2 precision recall / (precision + recall)
+    detail_precision  the true share of statements that claim a detail: those whose text is a detail
+                      or planted on some image, or all facts of whose subject are details
+    detail_recall     the stated share of facts that are details
+    planted           of the subjects with planted statements ("about", or else the text without its
+                      last word) the share about which one of these was made
+    eos               of the captions with a "finish" the share that ended with the end token
+    repeat            the share of captions that looped, or make a statement twice
+    statements        statements per caption, repeated ones included
+    length            tokens per caption where rows have "tokens", else as "statements"
+
+0 / 0 is NaN. Intervals are 95 % bootstrap percentile intervals, with images as the unit that is
+drawn (B. Efron, 1979, https://doi.org/10.1214/aos/1176344552).
 """
 import math
 from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from plumbing.errors import InputError
 
 
-# ---------------------------------------------------------------- statements, and what is known of them
+# ---------------------------------------------------------------- statements, and what is known
 def normal(text):
-    """A text as it is compared: one space between words, whatever the case, no full stop at its end."""
+    """A text in the form in which texts are compared: lower case, single spaces, no final stop."""
     return " ".join(text.casefold().split()).rstrip(". ")
 
 
 def statements(caption):
-    """A caption's statements, in order, with repeats."""
+    """A caption's statements, in order, with repetitions."""
     return [text for part in caption.split(",") if (text := normal(part))]
 
 
-def understand(truth):
-    """Truth rows -> {image: what is known of it, a dict}, all texts normal.
+@dataclass
+class Vocabulary:
+    """What the truth about all images says of a statement that may be false on this one."""
+    kinds: dict = field(default_factory=dict)       # text of a fact -> its kind
+    details: set = field(default_factory=set)       # texts that claim a detail
+    abouts: dict = field(default_factory=dict)      # about -> whether all its facts are details
+    forms: dict = field(default_factory=dict)       # (about, number of words) -> kind
 
-    facts {text: (kind, detail)}, also {text}, things {about: (group, planted texts)}; and, the same for all images,
-    classify(text) -> (kind, whether it claims a detail) for statements that are no fact of the image.
-    """
-    images, kinds, details = {}, {}, set()
-    abouts, forms = {}, {}      # about -> whether all of its facts are details; (about, number of words) -> kind
+    def add_fact(self, text, about, kind, detail):
+        self.kinds.setdefault(text, kind)
+        if detail:
+            self.details.add(text)
+        if about:
+            form = about, len(text.split(" "))
+            self.abouts[about] = self.abouts.get(about, True) and detail
+            self.forms[form] = kind if self.forms.get(form, kind) == kind else "other"
 
-    def classify(text):
+    def classify(self, text):
+        """(kind, whether it claims a detail) of a statement that is not a fact of its image."""
         words = text.split(" ")
-        starts = (" ".join(words[:k]) for k in range(len(words) - 1, 0, -1))
-        about = next((start for start in starts if start in abouts), None)          # the longest
-        kind = kinds.get(text) or forms.get((about, len(words)), "other")
-        return kind, text in details or abouts.get(about, False)
-    for row in truth:
-        facts, things, also = {}, {}, set(map(normal, row.get("also_true") or []))
-        images[row["image"]] = {"facts": facts, "also": also, "things": things, "classify": classify}
-        for fact in row["facts"]:
-            text, kind, detail = normal(fact["text"]), fact.get("kind") or "other", bool(fact.get("detail"))
-            facts[text] = kind, detail
-            kinds.setdefault(text, kind)
-            if detail:
-                details.add(text)
-            if fact.get("about"):
-                about, words = normal(fact["about"]), len(text.split(" "))
-                abouts[about] = abouts.get(about, True) and detail
-                forms[about, words] = kind if forms.get((about, words), kind) == kind else "other"
-        for lure in row.get("planted") or []:
-            text = normal(lure["text"])
-            about = normal(lure.get("about") or text.rsplit(" ", 1)[0])
-            things.setdefault(about, (lure.get("group"), set()))[1].add(text)
-            details.add(text)
-    return images
+        beginnings = (" ".join(words[:k]) for k in range(len(words) - 1, 0, -1))
+        about = next((text for text in beginnings if text in self.abouts), None)    # the longest
+        kind = self.kinds.get(text) or self.forms.get((about, len(words)), "other")
+        return kind, text in self.details or self.abouts.get(about, False)
+
+
+@dataclass
+class Known:
+    """The truth about one image, all texts normal."""
+    facts: dict             # text -> (kind, whether it is a detail)
+    also: set               # other true texts
+    things: dict            # about -> (group, set of planted texts)
+    vocabulary: Vocabulary  # shared by all images
+
+    def is_true(self, text):
+        return text in self.facts or text in self.also
+
+
+def read_truth(truth):
+    """Truth rows -> {image: Known}."""
+    vocabulary = Vocabulary()
+    return {row["image"]: known_of(row, vocabulary) for row in truth}
+
+
+def known_of(row, vocabulary):
+    """A truth row -> Known; its texts are added to the vocabulary."""
+    facts, things = {}, {}
+    for fact in row["facts"]:
+        text, about = normal(fact["text"]), normal(fact.get("about") or "")
+        kind, detail = fact.get("kind") or "other", bool(fact.get("detail"))
+        facts[text] = kind, detail
+        vocabulary.add_fact(text, about, kind, detail)
+    for planted in row.get("planted") or []:
+        text = normal(planted["text"])
+        about = normal(planted.get("about") or text.rsplit(" ", 1)[0])
+        things.setdefault(about, (planted.get("group"), set()))[1].add(text)
+        vocabulary.details.add(text)
+    also = {normal(text) for text in row.get("also_true") or []}
+    return Known(facts, also, things, vocabulary)
 
 
 # ---------------------------------------------------------------- counting
@@ -75,166 +116,224 @@ def is_number(value):
 
 
 def count_caption(row, known):
-    """What the metrics of one caption are made of, as a Counter; parts of a kind or group stand under (name, kind)."""
-    said = statements(row["caption"])
-    unique = set(said)
-    n = Counter(captions=1, statements=len(said), repeat=len(unique) < len(said) or row.get("finish") == "repeat")
+    """The counts behind the metrics of one caption row, given the Known of its image.
+
+    A Counter; counts of one kind or group have the key (name, kind).
+    """
+    stated = statements(row["caption"])
+    unique = set(stated)
+    repeats = len(unique) < len(stated) or row.get("finish") == "repeat"
+    n = Counter(captions=1, with_repeats=len(stated), repeat=repeats)
     if isinstance(row.get("finish"), str):
         n.update(finished=1, eos=row["finish"] == "eos")
     if is_number(row.get("tokens")):
-        n.update(in_tokens=1, tokens=row["tokens"])
+        n.update(with_tokens=1, tokens=row["tokens"])
     for text in unique:
-        kind, claims_detail = known["classify"](text)
-        fact = known["facts"].get(text)
-        true = fact is not None or text in known["also"]
-        kind = fact[0] if fact else kind            # on another image a text may be of another kind
-        n.update({"said": 1, "true": true, "also": true and not fact, ("said", kind): 1, ("true", kind): true})
-        n.update(detail_said=claims_detail, detail_true=claims_detail and true)
-    for text, (kind, detail) in known["facts"].items():
-        told = text in unique
-        n.update({"facts": 1, "told": told, ("facts", kind): 1, ("told", kind): told})
-        n.update(details=detail, details_told=detail and told)
-    for group, lures in known["things"].values():
-        invented = not unique.isdisjoint(lures)
-        n.update({"things": 1, "invented": invented, ("things", group): 1, ("invented", group): invented})
+        n.update(count_statement(text, known))
+    for text, (kind, detail) in known.facts.items():
+        is_stated = text in unique
+        n.update({"facts": 1, "stated": is_stated, ("facts", kind): 1, ("stated", kind): is_stated})
+        n.update(details=detail, details_stated=detail and is_stated)
+    for group, planted in known.things.values():
+        invented = not unique.isdisjoint(planted)
+        n.update({"things": 1, "invented": invented,
+                  ("things", group): 1, ("invented", group): invented})
     return n
 
 
+def count_statement(text, known):
+    """The counts of one statement about an image."""
+    kind, claims_detail = known.vocabulary.classify(text)
+    is_fact, is_true = text in known.facts, known.is_true(text)
+    if is_fact:
+        kind = known.facts[text][0]         # on another image the text may be of another kind
+    return {"statements": 1, "true": is_true, "extra": is_true and not is_fact,
+            ("statements", kind): 1, ("true", kind): is_true,
+            "detail_statements": claims_detail, "detail_true": claims_detail and is_true}
+
+
 def tally(captions, images, count):
-    """Caption rows -> {image: sum of count(row, what is known of the image)}, and how many rows there are of a sort."""
-    told, counts = [row for row in captions if row.get("caption") is not None], {}
-    good = [row for row in told if row["image"] in images]
-    for row in good:
+    """Sum the counts of caption rows over each image; images {image: what count needs of it}.
+
+    Returns {image: sum of count(row, images[image])}, and the numbers of rows and images: those
+    that count, error rows, captions of unknown images, and images without captions.
+    """
+    captioned = [row for row in captions if row.get("caption") is not None]
+    matched = [row for row in captioned if row["image"] in images]
+    counts = {}
+    for row in matched:
         counts.setdefault(row["image"], Counter()).update(count(row, images[row["image"]]))
-    return counts, {"captions": len(good), "images": len(counts), "errors": len(captions) - len(told),
-                    "unknown": len(told) - len(good), "missing": len(images) - len(counts)}
+    return counts, {"captions": len(matched), "images": len(counts),
+                    "errors": len(captions) - len(captioned),
+                    "unknown": len(captioned) - len(matched),
+                    "missing": len(images) - len(counts)}
 
 
-# ---------------------------------------------------------------- metrics, and how sure they are
+# ---------------------------------------------------------------- metrics and their intervals
 def ratio(over, under):
-    """over ÷ under, numbers or arrays; nan for 0 ÷ 0."""
+    """over / under of numbers or arrays; NaN for 0 / 0."""
     with np.errstate(invalid="ignore"):
         return np.divide(over, under)
 
 
 def metrics(n):
-    """Counts, summed over images (numbers, or arrays over resamples) -> {name: metric}."""
-    precision = ratio(n["true"], n["said"])
-    recall = ratio(n["told"] + n["also"], n["facts"] + n["also"])
+    """The metrics from a Counter of sums, which are numbers, or arrays over resamples."""
+    precision = ratio(n["true"], n["statements"])
+    recall = ratio(n["stated"] + n["extra"], n["facts"] + n["extra"])
     both = precision + recall
-    in_statements = ratio(n["statements"], n["captions"])
-    return {"precision": precision, "recall": recall, "f1": np.where(both == 0, 0, ratio(2 * precision * recall, both)),
-            "detail_precision": ratio(n["detail_true"], n["detail_said"]),
-            "detail_recall": ratio(n["details_told"], n["details"]),
+    per_caption = ratio(n["with_repeats"], n["captions"])
+    has_tokens = "with_tokens" in n
+    return {"precision": precision, "recall": recall,
+            "f1": np.where(both == 0, 0, ratio(2 * precision * recall, both)),
+            "detail_precision": ratio(n["detail_true"], n["detail_statements"]),
+            "detail_recall": ratio(n["details_stated"], n["details"]),
             "planted": ratio(n["invented"], n["things"]), "eos": ratio(n["eos"], n["finished"]),
-            "repeat": ratio(n["repeat"], n["captions"]), "statements": in_statements,
-            "length": ratio(n["tokens"], n["in_tokens"]) if "in_tokens" in n else in_statements}
+            "repeat": ratio(n["repeat"], n["captions"]), "statements": per_caption,
+            "length": ratio(n["tokens"], n["with_tokens"]) if has_tokens else per_caption}
 
 
 def interval(values):
-    """The middle 95 % of a metric's resamples, as [low, high]; those without a value are left out."""
+    """The middle 95 % of a metric's values on resamples, [low, high], NaN left out."""
     values = np.atleast_1d(values)
     values = values[~np.isnan(values)]
-    return np.percentile(values, [2.5, 97.5]).tolist() if len(values) else [math.nan, math.nan]
+    if not len(values):
+        return [math.nan, math.nan]
+    return np.percentile(values, [2.5, 97.5]).tolist()
 
 
 def pooled(counts, formulas, bootstrap, seed):
-    """{image: Counter} -> their sum, and formulas(sum) as {name: float}, with "intervals" {name: [low, high]}.
+    """Counts of images {image: Counter} -> (their sum, figures of formulas(sum)).
 
-    A resample draws as many images as there are, with replacement; all captions of an image go together.
+    The figures are {name: float}; with `bootstrap` resamples also "intervals" {name: [low, high]}.
+    A resample draws as many images as there are, with replacement, each with all of its captions.
     """
     keys = list(dict.fromkeys(key for n in counts.values() for key in n))
-    matrix = np.array([[n[key] for key in keys] for n in counts.values()], dtype=float).reshape(len(counts), len(keys))
-
-    def named(sums):            # (…, K) -> a Counter, in which 0 is what nobody counted
-        return Counter(dict(zip(keys, sums.T)))
-    total = named(matrix.sum(0))
-    found = {name: float(value) for name, value in formulas(total).items()}
+    matrix = np.array([[n[key] for key in keys] for n in counts.values()], dtype=float)
+    matrix = matrix.reshape(len(counts), len(keys))                             # (images, keys)
+    total = counter(keys, matrix.sum(0))
+    figures = {name: float(value) for name, value in formulas(total).items()}
     if bootstrap:
         n_images, rng = len(matrix), np.random.default_rng(seed)
         draws = (rng.integers(max(n_images, 1), size=n_images) for _ in range(bootstrap))
-        resamples = formulas(named(np.stack([np.bincount(draw, minlength=n_images) @ matrix for draw in draws])))
-        found["intervals"] = {name: interval(values) for name, values in resamples.items()}
-    return total, found
+        sums = [np.bincount(draw, minlength=n_images) @ matrix for draw in draws]
+        resamples = formulas(counter(keys, np.stack(sums)))
+        figures["intervals"] = {name: interval(values) for name, values in resamples.items()}
+    return total, figures
+
+
+def counter(keys, sums):
+    """A Counter, in which a missing key is 0, of sums (K,) or, over resamples, (R, K)."""
+    return Counter(dict(zip(keys, sums.T)))
 
 
 def score(captions, truth, bootstrap=0, seed=0):
-    """All figures of caption rows against truth rows, matched by "image"; the top of this file says what they are.
+    """All figures of caption rows against truth rows, matched by "image".
 
-    Metrics {name: float, nan for 0 ÷ 0}; how many captions and images count, rows with errors, captions of unknown
-    images, images without captions ("missing"); "categories" {kind: {precision, recall, n statements}};
-    "planted_groups" {group: share}; with `bootstrap` resamples, "intervals" {name: [low, high]}.
+    Returns the metrics that the top of this file defines; the numbers of captions, images, error
+    rows ("errors"), captions of unknown images and images without captions ("missing");
+    "categories" {kind: {precision, recall, n}}, n being the number of statements;
+    "planted_groups" {group: share}; and, with `bootstrap` resamples, "intervals"
+    {name: [low, high]}. Shares are between 0 and 1, or NaN.
     """
-    counts, rows = tally(captions, understand(truth), count_caption)
-    n, found = pooled(counts, metrics, bootstrap, seed)
+    counts, numbers = tally(captions, read_truth(truth), count_caption)
+    n, figures = pooled(counts, metrics, bootstrap, seed)
     parts = [key for key in n if isinstance(key, tuple)]
-    kinds = sorted({kind for name, kind in parts if name in ("said", "facts")})
+    kinds = sorted({kind for name, kind in parts if name in ("statements", "facts")})
     groups = sorted({group for name, group in parts if name == "things" and group is not None})
-    categories = {kind: {"precision": float(ratio(n["true", kind], n["said", kind])),
-                         "recall": float(ratio(n["told", kind], n["facts", kind])), "n": int(n["said", kind])}
-                  for kind in kinds}
+    categories = {kind: {"precision": float(ratio(n["true", kind], n["statements", kind])),
+                         "recall": float(ratio(n["stated", kind], n["facts", kind])),
+                         "n": int(n["statements", kind])} for kind in kinds}
     shares = {group: float(ratio(n["invented", group], n["things", group])) for group in groups}
-    return {**found, **rows, "categories": categories, "planted_groups": shares}
+    return {**figures, **numbers, "categories": categories, "planted_groups": shares}
 
 
 def difference(captions_a, captions_b, truth, name, bootstrap=1000, seed=0):
-    """b − a of a metric over the images of which both have captions, and its 95 % interval: (difference, low, high).
+    """b - a of the metric `name`, and its 95 % interval -> (difference, low, high).
 
-    A resample draws the same images for both.
+    Counts the images of which both sides have captions; a resample draws the same images for both
+    (a paired bootstrap). Raises InputError if there are no such images, or if lengths are in tokens
+    on one side only.
     """
-    a, b = (tally(captions, understand(truth), count_caption)[0] for captions in (captions_a, captions_b))
-    both = {image: Counter({(side, key): value for side, counts in (("a", a), ("b", b))
-                            for key, value in counts[image].items()}) for image in a if image in b}
+    known = read_truth(truth)
+    a, b = (tally(captions, known, count_caption)[0] for captions in (captions_a, captions_b))
+    both = {image: paired(a[image], b[image]) for image in a if image in b}
     if not both:
         raise InputError("no image has captions on both sides")
-    if name == "length" and len({side for n in both.values() for side, key in n if key == "in_tokens"}) == 1:
-        raise InputError("only one side tells its length in tokens; compare statements")
+    with_tokens = {side for n in both.values() for side, key in n if key == "with_tokens"}
+    if name == "length" and len(with_tokens) == 1:
+        raise InputError('only one side has its length in tokens; compare "statements"')
+    _, figures = pooled(both, partial(gain, name), bootstrap, seed)
+    low, high = figures.get("intervals", {}).get(name, (math.nan, math.nan))
+    return figures[name], low, high
 
-    def gain(n):
-        of_a, of_b = (metrics(Counter({key: n[s, key] for s, key in n if s == side})) for side in "ab")
-        return {name: of_b[name] - of_a[name]}
-    found = pooled(both, gain, bootstrap, seed)[1]
-    return found[name], *found.get("intervals", {name: (math.nan, math.nan)})[name]
+
+def paired(a, b):
+    """The counts of two sides in one Counter, with the keys ("a", key) and ("b", key)."""
+    return Counter({(side, key): value for side, n in (("a", a), ("b", b))
+                    for key, value in n.items()})
+
+
+def gain(name, n):
+    """b - a of a metric, from paired counts."""
+    of_a, of_b = (metrics(Counter({key: n[s, key] for s, key in n if s == side})) for side in "ab")
+    return {name: of_b[name] - of_a[name]}
 
 
 # ---------------------------------------------------------------- golden files
 def auroc(values, true):
-    """How often a true one has a larger value than a false one, ties counting half; nan where either lacks."""
+    """The area under the ROC curve of (n,) values that should separate true from false.
+
+    It is the probability that a random true one has a larger value than a random false one, ties
+    counting half: 1 is perfect, 0.5 chance; NaN if either kind is missing. Computed from ranks
+    (Mann-Whitney): with R the sum of the ranks of the n true ones, the lowest rank being 1, and m
+    the number of false ones, (R - n (n + 1) / 2) / (n m).
+    """
     values, true = np.asarray(values, dtype=float), np.asarray(true, dtype=bool)
     _, place, times = np.unique(values, return_inverse=True, return_counts=True)
-    rank = (times.cumsum() - (times - 1) / 2)[place]                    # equal values share their mean rank
+    ranks = (times.cumsum() - (times - 1) / 2)[place]           # equal values share their mean rank
     n, m = int(true.sum()), int((~true).sum())
-    return float(ratio(rank[true].sum() - n * (n + 1) / 2, n * m))
+    return float(ratio(ranks[true].sum() - n * (n + 1) / 2, n * m))
 
 
 def gate(rows, truth):
-    """How well the gate of golden rows told true statements from false ones, over those that have a P(yes)."""
-    images = understand(truth)
-    asked = [(told, images[row["image"]]) for row in rows if row["image"] in images
-             for told in row.get("statements") or [] if is_number(told.get("p_yes"))]
-    true = np.array([normal(told["text"]) in {*known["facts"], *known["also"]} for told, known in asked], dtype=bool)
-    kept = np.array([bool(told.get("kept")) for told, _ in asked], dtype=bool)
-    p_yes, votes = (np.array([told[key] if is_number(told.get(key)) else math.nan for told, _ in asked])
-                    for key in ("p_yes", "votes"))
-    voted, right = ~np.isnan(votes), (true & kept).sum()
+    """How well the gate of golden rows separated true statements from false ones.
+
+    Over all statements with a P(yes), "n" of them: "base_rate", the true share; "precision", the
+    true share of those kept; "recall", the kept share of the true ones; "auroc" of P(yes), and
+    "votes_auroc" of the votes, the number of samples that make the statement.
+    """
+    images = read_truth(truth)
+    asked = [(statement, images[row["image"]]) for row in rows if row["image"] in images
+             for statement in row.get("statements") or [] if is_number(statement.get("p_yes"))]
+    true = np.array([known.is_true(normal(s["text"])) for s, known in asked], dtype=bool)
+    kept = np.array([bool(s.get("kept")) for s, _ in asked], dtype=bool)
+    p_yes = np.array([s["p_yes"] for s, _ in asked])
+    votes = np.array([s["votes"] if is_number(s.get("votes")) else math.nan for s, _ in asked])
+    voted = ~np.isnan(votes)
+    n_right = (true & kept).sum()
     return {"n": len(asked), "base_rate": float(ratio(true.sum(), len(true))),
-            "precision": float(ratio(right, kept.sum())), "recall": float(ratio(right, true.sum())),
+            "precision": float(ratio(n_right, kept.sum())),
+            "recall": float(ratio(n_right, true.sum())),
             "auroc": auroc(p_yes, true), "votes_auroc": auroc(votes[voted], true[voted])}
 
 
 def score_golden(rows, truth, bootstrap=0, seed=0):
-    """Golden rows -> {"sample", "combined", "golden": their scores, "gate": see there}.
+    """Golden rows -> {"sample", "combined", "golden": their scores, "gate": as gate() returns it}.
 
-    The golden ones are those of all images that did not fail, also where the caption is nothing (what was left of it
-    was too little) or nothing to learn from; "left_out" counts the rows that golden.jsonl does without.
+    The golden captions are those of all images that did not fail. One of which too little was kept
+    counts as empty, and one that cannot be learned from counts as it is; "left_out" is the number
+    of rows that are not in golden.jsonl.
     """
-    kept = [row for row in rows if row.get("chosen") is not None and "left_out" not in row]
-    captions = {
-        "sample": [{**sample, "image": row["image"]} for row in rows for sample in row.get("samples") or []],
-        "combined": [{"image": row["image"], "caption": row["combined"]} for row in rows
-                     if row.get("combined") is not None],
-        "golden": [{"image": row["image"], "caption": row.get("chosen") or "", "finish": "eos"} for row in rows
-                   if row.get("chosen") is not None or "left_out" in row]}
-    found = {name: score(said, truth, bootstrap, seed) for name, said in captions.items()}
-    found["golden"]["left_out"] = len(rows) - len(kept)
-    return {**found, "gate": gate(rows, truth)}
+    samples, combined, golden = [], [], []
+    for row in rows:
+        image, chosen = row["image"], row.get("chosen")
+        samples += [{**sample, "image": image} for sample in row.get("samples") or []]
+        if row.get("combined") is not None:
+            combined.append({"image": image, "caption": row["combined"]})
+        if chosen is not None or "left_out" in row:
+            golden.append({"image": image, "caption": chosen or "", "finish": "eos"})
+    scores = {name: score(captions, truth, bootstrap, seed) for name, captions in
+              (("sample", samples), ("combined", combined), ("golden", golden))}
+    in_golden = sum(row.get("chosen") is not None and "left_out" not in row for row in rows)
+    scores["golden"]["left_out"] = len(rows) - in_golden
+    return {**scores, "gate": gate(rows, truth)}

@@ -1,4 +1,4 @@
-"""chat.py: answers read from whatever a model says, a server that misbehaves in every way, and a tiny model in this process."""
+"""chat.py: a server that misbehaves in every way, the cache, and a tiny model in this process."""
 
 import contextlib
 import email.utils
@@ -12,10 +12,9 @@ import time
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 from plumbing import chat
+from plumbing.answers import loose_json
 from plumbing.chat import (
     GIVE_UP,
     KEY,
@@ -27,7 +26,6 @@ from plumbing.chat import (
     Server,
     ToolError,
     ask,
-    loose_json,
 )
 from plumbing.errors import InputError
 from plumbing.rules import Unreadable
@@ -35,9 +33,9 @@ from plumbing.rules import Unreadable
 SECRET = "sk-a-very-secret-key"
 
 
-# ---------------------------------------------------------------- a server that does what a test tells it
+# ---------------------------------------------------------------- a server that follows a script
 class Scripted(http.server.ThreadingHTTPServer):
-    """Answers the n-th request of those that begin with a text by script(text, n); requests are recorded."""
+    """Answers the n-th request that begins with a text by script(text, n), and records requests."""
 
     daemon_threads = True
 
@@ -97,7 +95,7 @@ def serving(script):
 
 
 def status(code, body="", length=None, **headers):
-    """An answer: this status and body; `length`, if given, is what the header says of the body's length."""
+    """An answer with this status and body; `length` replaces the true length in its header."""
 
     def answer(handler):
         data = body if isinstance(body, bytes) else body.encode()
@@ -114,13 +112,13 @@ def shaped(value, **more):
     return status(200, json.dumps(value), **more)
 
 
-def said(content, **more):
+def completion(content, **more):
     """A chat completion."""
     return shaped({"choices": [{"message": {"role": "assistant", "content": content}}]}, **more)
 
 
 def noise(handler):
-    """No HTTP at all."""
+    """Bytes that are not HTTP."""
     handler.wfile.write(b"\x00\xff\x16\x03 what?\r\n\r\n")
 
 
@@ -172,179 +170,6 @@ def slept(monkeypatch):
     return waits
 
 
-# ---------------------------------------------------------------- reading answers
-@pytest.mark.parametrize(
-    "reply",
-    [
-        '["a", "b"]',
-        'Sure! Here it is:\n```json\n["a", "b"]\n```\nAnything else?',
-        'As in [1] and {so}, and [see there]: ["a", "b"] is {it} [2].',
-        '["a", "b",]',
-        '["a",\n"b" , \n ]',
-        '<think>Perhaps ["x", "y", "z"]? Or {"no": 1}.</think>\n["a", "b"]',
-        'I think that ["x", "y", "z"] </think> no: </think>["a", "b"]',
-        "1. a\n2. b",
-        "Here:\n\n  1) a\n\n  2) b\nDone.",
-        "- a\n- b  \n",
-        "* a\r\n* b\r\n",
-        '1: "a"\n2: "b"',
-        "• a\n• b",
-    ],
-)
-def test_the_same_list_in_many_wrappings(reply):
-    assert loose_json(reply) == (["a", "b"], True)
-
-
-def test_objects_with_trailing_commas_and_line_breaks_in_strings():
-    reply = 'Yes: {"statements": [{"text": "two\nlines\t", "in": [1, 2,], "group": null,},\n], }'
-    assert loose_json(reply) == (
-        {"statements": [{"text": "two\nlines\t", "in": [1, 2], "group": None}]},
-        True,
-    )
-
-
-def test_brackets_quotes_and_commas_inside_strings_are_text():
-    expected = {"a": ["],}", '"[{,]', "\\", ", ]", "{"]}
-    assert loose_json(f"so: {json.dumps(expected)}.") == (expected, True)
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        "",
-        "no",
-        "I cannot do that.",
-        "[]",
-        "{}",
-        "[,]",
-        "1.5 of them",
-        "-",
-        "a - b",
-        "[not json]",
-        "{'a': 1}",
-        "<think>[1, 2]</think> I give up",
-        '\n<think>First, ["a", "b"]. Then',
-        "\ud800",
-        "[\x00]",
-    ],
-)
-def test_no_json_is_unreadable(reply):
-    with pytest.raises(Unreadable):
-        loose_json(reply)
-
-
-ANSWERS = [
-    ["a", "b ] , [", 'say "hi"', "\\", "é\n☃"],
-    [
-        {"text": "a", "in": [1, 2], "group": None},
-        {"text": "}]", "in": [], "of": ["x", {"y": ["z"]}]},
-        {"text": "c"},
-    ],
-    [["a", "b"], [], ["c", ["d", "e"]]],
-    {"statements": ["one", "two", "three"]},
-    {
-        "triplets": [
-            {"question": "Is it {x}?", "answer": "Yes, [x]"},
-            {"question": "?", "answer": "No"},
-        ]
-    },
-]
-
-
-@pytest.mark.parametrize(
-    "form", ["{}", "Here you are:\n```json\n{}\n```\nBye.", "<think>a [b] {{c}}</think>{}"]
-)
-@pytest.mark.parametrize("indent", [None, 1])
-@pytest.mark.parametrize("value", ANSWERS, ids=range(len(ANSWERS)))
-def test_an_answer_cut_off_anywhere_gives_its_whole_entries(value, indent, form):
-    """At every position: the entries that stand there whole, and "whole" only if all are."""
-    said, expected = (
-        json.dumps(value, indent=indent),
-        next(iter(value.values())) if isinstance(value, dict) else value,
-    )
-    text = form.format(said)
-    begin = text.index(said)
-    ends, at = [], begin
-    for entry in expected:  # where each entry ends
-        piece = (
-            json.dumps(entry)
-            if indent is None
-            else json.dumps(entry, indent=1).replace(
-                "\n", "\n" + " " * (1 + isinstance(value, dict))
-            )
-        )
-        at = text.index(piece, at) + len(piece)
-        ends.append(at)
-    for cut in range(begin + 1, len(text) + 1):
-        n = sum(end <= cut for end in ends)
-        try:
-            found, whole = loose_json(text[:cut])
-        except Unreadable:
-            assert n == 0
-            continue
-        listed = next(iter(found.values())) if isinstance(value, dict) else found
-        assert listed == expected[:n] and n > 0
-        assert whole == (cut >= begin + len(said))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[" * 100_000,
-        "{" * 100_000,
-        "[{" * 50_000,
-        "]}" * 50_000,
-        "[" * 50_000 + '""' * 25_000,
-        "{" * 50_000 + "[" + '"",' * 17_000,
-        "[" * 45 + '""' * 50_000,
-        '["' + "\\" * 100_001,
-        "[" + "," * 100_000,
-        '{"a":' * 20_000,
-        "[" * 50_000 + "]" * 50_000,
-        "\n" * 100_000,
-        "- a" + " " * 100_000 + "b",
-        " " * 100_000,
-        "1" * 100_000,
-        "-" * 100_000,
-        "[1" + "0" * 100_000 + "]",
-        "</think>" * 12_000,
-    ],
-    ids=lambda text: ascii(text[:6]),
-)
-def test_garbage_is_read_or_refused_quickly(text):
-    began = time.process_time()
-    with contextlib.suppress(Unreadable):
-        loose_json(text)
-    assert time.process_time() - began < 1
-
-
-ANY_TEXT = st.text(max_size=12)
-PROSE = st.text(st.characters(exclude_characters="[]{}"), max_size=30)
-JSON = st.recursive(
-    ANY_TEXT,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ANY_TEXT, inner, max_size=3),
-    max_leaves=8,
-).filter(lambda value: value and not isinstance(value, str))
-
-
-@settings(max_examples=100, deadline=None)
-@given(JSON, PROSE, PROSE, st.booleans(), st.sampled_from([None, 0, 2]))
-def test_json_in_prose_comes_back_as_it_is(value, before, after, ascii_only, indent):
-    text = json.dumps(value, ensure_ascii=ascii_only, indent=indent)
-    assume("</think>" not in text + after)
-    assert loose_json(before + text + after) == (value, True)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.text(st.sampled_from('[]{}",:\\ \n1a-.`'), max_size=40) | st.text(max_size=30))
-def test_anything_is_read_or_unreadable(text):
-    try:
-        value, whole = loose_json(text)
-    except Unreadable:
-        return
-    assert value and isinstance(value, list | dict) and isinstance(whole, bool)
-
-
 # ---------------------------------------------------------------- what is sent
 def test_a_request_and_its_reply():
     talk = [
@@ -352,7 +177,7 @@ def test_a_request_and_its_reply():
         {"role": "assistant", "content": "b"},
         {"role": "user", "content": "c"},
     ]
-    with serving(in_turn(said("the reply"))) as server:
+    with serving(in_turn(completion("the reply"))) as server:
         assert list(client(server.url + "/").replies({7: talk})) == [(7, "the reply")]
     [(path, headers, body)] = server.seen
     assert path == "/v1/chat/completions"
@@ -360,7 +185,7 @@ def test_a_request_and_its_reply():
     assert headers["Content-Type"] == "application/json" and "Authorization" not in headers
 
 
-def test_replies_to_nothing_are_none():
+def test_no_conversation_gives_no_reply():
     assert list(client("http://127.0.0.1:1/v1").replies({})) == []
 
 
@@ -380,7 +205,7 @@ def test_replies_to_nothing_are_none():
     ],
 )
 def test_the_content_of_a_completion(content, expected, slept):
-    with serving(in_turn(said(content))) as server:
+    with serving(in_turn(completion(content))) as server:
         assert one(server.url) == expected
     assert not slept
 
@@ -439,7 +264,7 @@ def test_the_content_of_a_completion(content, expected, slept):
 )
 def test_a_failure_that_may_pass_is_tried_again(failure, slept):
     began = time.monotonic()
-    with serving(in_turn(failure, said("well"))) as server:
+    with serving(in_turn(failure, completion("well"))) as server:
         assert one(server.url, timeout=0.3) == "well"
     assert len(server.seen) == 2 and len(slept) == 1
     assert time.monotonic() - began < 10
@@ -447,13 +272,13 @@ def test_a_failure_that_may_pass_is_tried_again(failure, slept):
 
 def test_an_endless_reply_is_not_read_to_its_end(monkeypatch):
     monkeypatch.setattr(chat, "LARGEST_REPLY", 1000)
-    with serving(in_turn(said("x" * 200_000), said("well"))) as server:
+    with serving(in_turn(completion("x" * 200_000), completion("well"))) as server:
         assert one(server.url) == "well"
     assert len(server.seen) == 2
 
 
 def test_as_late_as_the_server_asks(slept):
-    """Seconds, a date, more than there is patience for, and what is neither."""
+    """Seconds, a date, longer than the longest wait, and values that are neither."""
     for asked, least, most in (
         ("7", 7, 7),
         ("2.5", 2.5, 2.5),
@@ -467,7 +292,7 @@ def test_as_late_as_the_server_asks(slept):
     ):
         for code in (429, 503):
             slept.clear()
-            with serving(in_turn(status(code, Retry_After=asked), said("well"))) as server:
+            with serving(in_turn(status(code, Retry_After=asked), completion("well"))) as server:
                 assert one(server.url) == "well"
             assert len(slept) == 1 and least <= slept[0] <= most, asked
 
@@ -486,10 +311,10 @@ def test_waits_grow_and_are_not_all_the_same(slept):
 
 
 def test_a_request_that_always_fails_is_one_error_among_the_others():
-    with serving(lambda text, n: status(500) if text == "bad" else said(text)) as server:
-        found = dict(client(server.url).replies({k: conversation(k) for k in ("a", "bad", "b")}))
-    assert (found["a"], found["b"]) == ("a", "b")
-    assert isinstance(found["bad"], ToolError) and "HTTP 500" in str(found["bad"])
+    with serving(lambda text, n: status(500) if text == "bad" else completion(text)) as server:
+        replies = dict(client(server.url).replies({k: conversation(k) for k in ("a", "bad", "b")}))
+    assert (replies["a"], replies["b"]) == ("a", "b")
+    assert isinstance(replies["bad"], ToolError) and "HTTP 500" in str(replies["bad"])
     assert server.texts().count("bad") == TRIES
 
 
@@ -553,7 +378,7 @@ def test_a_wrong_key_or_address_ends_the_run_at_once(code):
 def test_a_redirect_is_refused_and_the_key_goes_nowhere_else(code, monkeypatch):
     monkeypatch.setenv(KEY, SECRET)
     with (
-        serving(in_turn(said("mine now"))) as other,
+        serving(in_turn(completion("stolen"))) as other,
         serving(in_turn(status(code, Location=other.url))) as server,
         pytest.raises(InputError, match=f"HTTP {code}"),
     ):
@@ -567,20 +392,20 @@ def test_as_many_requests_as_asked_for_are_in_flight():
 
     def script(text, n):
         together.wait(3)
-        return said(text)
+        return completion(text)
 
     with serving(script) as server:
-        found = dict(
+        replies = dict(
             client(server.url, in_flight=4, timeout=30).replies(
                 {k: conversation(str(k)) for k in range(12)}
             )
         )
-    assert found == {k: str(k) for k in range(12)}
+    assert replies == {k: str(k) for k in range(12)}
     assert server.most == 4
 
 
 def test_one_request_at_a_time():
-    with serving(in_turn(said("x"))) as server:
+    with serving(in_turn(completion("x"))) as server:
         list(client(server.url, in_flight=1).replies({k: conversation(str(k)) for k in range(5)}))
     assert server.most == 1 and server.texts() == list("01234")
 
@@ -591,13 +416,13 @@ def test_replies_come_as_they_are_ready():
     def script(text, n):
         if text == "slow":
             first_read.wait(10)
-        return said(text)
+        return completion(text)
 
     with serving(script) as server:
-        found = client(server.url).replies({k: conversation(k) for k in ("slow", "fast")})
-        assert next(found) == ("fast", "fast")
+        replies = client(server.url).replies({k: conversation(k) for k in ("slow", "fast")})
+        assert next(replies) == ("fast", "fast")
         first_read.set()
-        assert list(found) == [("slow", "slow")]
+        assert list(replies) == [("slow", "slow")]
 
 
 def test_a_server_that_is_gone_ends_the_run_with_one_error():
@@ -614,16 +439,16 @@ def test_a_server_that_is_gone_ends_the_run_with_one_error():
 def test_a_reply_in_between_is_a_server_that_lives(monkeypatch):
     monkeypatch.setattr(chat, "GIVE_UP", 3)
     monkeypatch.setattr(chat, "TRIES", 1)
-    with serving(lambda text, n: said(text) if text in "25" else status(500)) as server:
-        found = dict(
+    with serving(lambda text, n: completion(text) if text in "25" else status(500)) as server:
+        replies = dict(
             client(server.url, in_flight=1).replies({k: conversation(str(k)) for k in range(8)})
         )
-    assert [key for key, reply in found.items() if isinstance(reply, str)] == [2, 5]
+    assert [key for key, reply in replies.items() if isinstance(reply, str)] == [2, 5]
 
 
 # ---------------------------------------------------------------- the key
 def test_the_key_is_sent_and_shown_nowhere(monkeypatch, tmp_path, capfd, caplog):
-    """Not even where the server says it back, in whatever kind of answer."""
+    """Not even where the server repeats it, in any kind of answer."""
     monkeypatch.setenv(KEY, SECRET + "\n")
     echoes = [
         status(400, f"invalid: {SECRET}"),
@@ -634,24 +459,24 @@ def test_the_key_is_sent_and_shown_nowhere(monkeypatch, tmp_path, capfd, caplog)
         shaped({"error": SECRET}),
         lambda handler: handler.wfile.write(f"{SECRET}\n".encode()),
         status(401, SECRET),
-        said('["fine"]'),
+        completion('["fine"]'),
     ]
     errors = []
     for echo in echoes:
         with serving(in_turn(echo)) as server:
-            server_of_mine = client(server.url)
+            keyed_server = client(server.url)
             try:
-                found = ask(
-                    server_of_mine,
+                replies = ask(
+                    keyed_server,
                     Replies(tmp_path),
                     ["hello"],
                     lambda reply, i: loose_json(reply)[0],
                 )
-                errors += [error for _, error in found if isinstance(error, Exception)]
+                errors += [error for _, error in replies if isinstance(error, Exception)]
             except InputError as error:
                 errors.append(error)
         assert {headers["Authorization"] for _, headers, _ in server.seen} == {f"Bearer {SECRET}"}
-        assert SECRET not in repr(server_of_mine) + server_of_mine.name
+        assert SECRET not in repr(keyed_server) + keyed_server.name
     assert len(errors) == len(echoes) - 1
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 1
@@ -671,7 +496,7 @@ def test_the_key_is_sent_and_shown_nowhere(monkeypatch, tmp_path, capfd, caplog)
     "key",
     ["sk-two\nlines", "sk-two\r\nX-Evil: 1", "sk-schlüssel", "sk-\x00", "sk-\udcff", "sk-\x7f"],
 )
-def test_a_key_that_is_none_is_refused_unseen(key, monkeypatch):
+def test_an_impossible_key_is_refused_unseen(key, monkeypatch):
     monkeypatch.setattr(chat.os, "environ", {KEY: key})
     with pytest.raises(InputError, match=KEY) as caught:
         client("http://127.0.0.1:1/v1")
@@ -689,18 +514,18 @@ def test_a_password_in_the_address_is_refused_unseen(url):
 
 
 # ---------------------------------------------------------------- asking, and keeping answers
-class Told:
-    """A chat model that answers a text with the replies it was told, in turn; a list of what it was asked."""
+class Canned:
+    """A chat model that answers a text with prepared replies, in turn, and records the requests."""
 
-    name, max_tokens = "told", 10
+    name, max_tokens = "canned", 10
 
     def __init__(self, **replies):
-        self.told, self.asked = {text: iter(said) for text, said in replies.items()}, []
+        self.canned, self.asked = {text: iter(texts) for text, texts in replies.items()}, []
 
     def replies(self, conversations):
         for key, talk in conversations.items():
             self.asked.append(talk)
-            yield key, next(self.told[talk[0]["content"]])
+            yield key, next(self.canned[talk[0]["content"]])
 
 
 def read(reply, i):
@@ -713,7 +538,7 @@ def read(reply, i):
 
 
 def test_what_cannot_be_read_is_asked_again_with_the_reason(tmp_path):
-    model = Told(a=["nope" * 1000, "5"], b=["7"])
+    model = Canned(a=["nope" * 1000, "5"], b=["7"])
     assert sorted(ask(model, Replies(tmp_path), ["a", "b"], read)) == [(0, 5), (1, 7)]
     [again] = [talk for talk in model.asked if len(talk) > 1]
     assert [turn["role"] for turn in again] == ["user", "assistant", "user"]
@@ -721,11 +546,11 @@ def test_what_cannot_be_read_is_asked_again_with_the_reason(tmp_path):
     assert "4000 characters are no number" in again[2]["content"]
 
 
-def test_what_never_can_be_read_is_an_error_and_the_others_go_on(tmp_path):
-    model = Told(a=["x"] * 9, b=["7"], c=[ToolError("lost")])
-    found = dict(ask(model, Replies(tmp_path), ["a", "b", "c"], read))
-    assert found[1] == 7 and isinstance(found[0], ToolError) and str(found[2]) == "lost"
-    assert f"{READINGS} times" in str(found[0]) and "no number" in str(found[0])
+def test_what_can_never_be_read_is_an_error_and_does_not_stop_the_others(tmp_path):
+    model = Canned(a=["x"] * 9, b=["7"], c=[ToolError("lost")])
+    replies = dict(ask(model, Replies(tmp_path), ["a", "b", "c"], read))
+    assert replies[1] == 7 and isinstance(replies[0], ToolError) and str(replies[2]) == "lost"
+    assert f"{READINGS} times" in str(replies[0]) and "no number" in str(replies[0])
     assert sum(talk[0]["content"] == "a" for talk in model.asked) == READINGS
     assert sum(talk[0]["content"] == "c" for talk in model.asked) == 1
 
@@ -742,8 +567,8 @@ def test_what_never_can_be_read_is_an_error_and_the_others_go_on(tmp_path):
         (["x", "0…", ToolError("lost")], 0),
     ],
 )
-def test_half_an_answer_is_used_only_if_nothing_whole_comes(replies, expected, tmp_path):
-    assert list(ask(Told(a=replies), Replies(tmp_path), ["a"], read)) == [(0, expected)]
+def test_a_partial_answer_is_used_only_if_no_complete_one_comes(replies, expected, tmp_path):
+    assert list(ask(Canned(a=replies), Replies(tmp_path), ["a"], read)) == [(0, expected)]
 
 
 def test_nothing_is_asked_twice(tmp_path):
@@ -754,16 +579,16 @@ def test_nothing_is_asked_twice(tmp_path):
         "d": ["4…"] * 3,
         "e": [ToolError("lost")],
     }
-    first = dict(ask(Told(**replies), Replies(tmp_path), list("abcde"), read))
+    first = dict(ask(Canned(**replies), Replies(tmp_path), list("abcde"), read))
     assert (first[0], first[1], first[3]) == (1, 2, 4)
-    again = Told(**{**replies, "a": []})  # it would have nothing to say to "a"
+    again = Canned(**{**replies, "a": []})  # it would have nothing to say to "a"
     assert {
         i: value
         for i, value in ask(again, Replies(tmp_path), list("abcde"), read)
         if i in (0, 1, 3)
     } == {0: 1, 1: 2, 3: 4}
     asked = [(talk[0]["content"], len(talk)) for talk in again.asked]
-    # what could not be read was not kept, and the second reply to b was
+    # what could not be read was not cached, and the second reply to b was
     assert sorted(asked) == [
         ("b", 1),
         ("c", 1),
@@ -777,50 +602,50 @@ def test_nothing_is_asked_twice(tmp_path):
 
 
 def test_another_model_prompt_or_length_is_asked_anew(tmp_path):
-    assert list(ask(Told(a=["1"]), Replies(tmp_path), ["a"], read)) == [(0, 1)]
-    for name, longest, prompt in (("other", 10, "a"), ("told", 11, "a"), ("told", 10, "a ")):
-        model = Told(**{prompt: ["2"]})
+    assert list(ask(Canned(a=["1"]), Replies(tmp_path), ["a"], read)) == [(0, 1)]
+    for name, longest, prompt in (("other", 10, "a"), ("canned", 11, "a"), ("canned", 10, "a ")):
+        model = Canned(**{prompt: ["2"]})
         model.name, model.max_tokens = name, longest
         assert list(ask(model, Replies(tmp_path), [prompt], read)) == [(0, 2)] and model.asked
-    model = Told()
+    model = Canned()
     assert (
         list(ask(model, Replies(tmp_path), ["a", "a"], read)) == [(0, 1), (1, 1)]
         and not model.asked
     )
 
 
-def test_a_kept_reply_comes_back_character_by_character(tmp_path):
-    kept, model = Replies(tmp_path / "deep" / "cache"), Told()
+def test_a_cached_reply_comes_back_character_by_character(tmp_path):
+    cache, model = Replies(tmp_path / "deep" / "cache"), Canned()
     for k, reply in enumerate(["", "a\r\nb\n", "\ud83d\u2028\x00", "é" * 10_000]):
         talk = conversation(f"\udc80 {k}")
-        assert kept.get(model, talk) is None
-        kept.put(model, talk, reply)
-        kept.put(model, talk, "another")  # the first one stays
-        assert kept.get(model, talk) == reply
+        assert cache.get(model, talk) is None
+        cache.put(model, talk, reply)
+        cache.put(model, talk, "another")  # the first one stays
+        assert cache.get(model, talk) == reply
 
 
 def test_a_torn_file_is_no_answer(tmp_path, monkeypatch):
-    kept, model, talk = Replies(tmp_path), Told(a=["12"]), conversation("a")
+    cache, model, talk = Replies(tmp_path), Canned(a=["12"]), conversation("a")
 
     def killed(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(chat.os, "replace", killed)
-        kept.put(model, talk, "1234567")
+        cache.put(model, talk, "1234567")
     [torn] = [path for path in tmp_path.rglob("*") if path.is_file()]
     torn.write_bytes(b"123")
-    assert kept.get(model, talk) is None
-    assert list(ask(model, kept, ["a"], read)) == [(0, 12)] and kept.get(model, talk) == "12"
+    assert cache.get(model, talk) is None
+    assert list(ask(model, cache, ["a"], read)) == [(0, 12)] and cache.get(model, talk) == "12"
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--tool-cache.*file"):
-        list(ask(Told(a=["1"]), Replies(tmp_path / "file"), ["a"], read))
-    model = Told(a=["1"])
+        list(ask(Canned(a=["1"]), Replies(tmp_path / "file"), ["a"], read))
+    model = Canned(a=["1"])
     path = Replies(tmp_path).path(model, conversation("a"))
-    path.parent.write_text("")  # found only when something is to be kept
+    path.parent.write_text("")  # noticed only when a reply is to be cached
     with pytest.raises(InputError, match="--tool-cache"):
         Replies(tmp_path).put(model, conversation("a"), "1")
 
@@ -835,7 +660,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A chat model of two narrow random layers in the released layout, with a token for every byte."""
+    """A chat model of two narrow random layers in the usual layout, with a token for every byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -893,7 +718,7 @@ TALKS = {
 
 @torch.no_grad()
 def greedy(local, talk):
-    """The reply by the book: one token after the other, everything computed anew, no padding."""
+    """The reply computed the plain way: token by token, without a cache or padding."""
     ids = local.tokenizer(
         local.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
     )["input_ids"]
@@ -903,11 +728,11 @@ def greedy(local, talk):
     return local.tokenizer.decode(new, skip_special_tokens=True)
 
 
-def test_a_batch_says_what_each_says_alone(local):
+def test_a_batch_replies_as_each_alone(local):
     expected = {key: greedy(local, talk) for key, talk in TALKS.items()}
     assert len(set(expected.values())) == len(TALKS)
-    found = list(local.replies(TALKS))
-    assert len(found) == len(TALKS) and dict(found) == expected
+    replies = list(local.replies(TALKS))
+    assert len(replies) == len(TALKS) and dict(replies) == expected
 
 
 def test_special_tokens_that_a_text_spells_are_text(local):
@@ -938,22 +763,22 @@ def test_plain_texts_are_encoded_as_the_template_has_them(local):
         assert local.encode(talk) == local.tokenizer(whole)["input_ids"]
 
 
-def test_a_text_that_looks_like_a_place_holder_is_text(local):
+def test_a_text_that_looks_like_a_placeholder_is_text(local):
     talk = conversation("\ue0000\ue001 and \ue0001\ue001")
     assert local.tokenizer.decode(local.encode(talk)).count(talk[0]["content"]) == 1
 
 
-def test_a_prompt_longer_than_the_context_is_an_error_and_the_others_go_on(local):
+def test_a_prompt_longer_than_the_context_is_an_error_and_does_not_stop_the_others(local):
     empty = len(local.encode(conversation("")))
     talks = {
         "full": conversation("x" * (200 - empty)),
         "one left": conversation("x" * (199 - empty)),
         **TALKS,
     }
-    found = dict(local.replies(talks))
-    assert isinstance(found["full"], ToolError) and "200" in str(found["full"])
-    assert set(found) == set(talks)
-    assert all(isinstance(reply, str) for key, reply in found.items() if key != "full")
+    replies = dict(local.replies(talks))
+    assert isinstance(replies["full"], ToolError) and "200" in str(replies["full"])
+    assert set(replies) == set(talks)
+    assert all(isinstance(reply, str) for key, reply in replies.items() if key != "full")
 
 
 def test_no_room_on_the_card_is_one_line(local, monkeypatch):
@@ -988,7 +813,7 @@ def other_widths(copy):
 
 
 def own_code(copy):
-    """A model that would run code of its own."""
+    """A model whose folder brings code to run."""
     config = json.loads((copy / "config.json").read_text())
     (copy / "evil.py").write_text(f"open({str(copy / 'was here')!r}, 'w')")
     classes = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}

@@ -1,4 +1,4 @@
-"""evaluate.py: every metric counted by hand, its intervals, golden files, CHAIR, and the script as a user runs it."""
+"""evaluate.py and scoring.py: metrics by hand, intervals, golden files, CHAIR, and the script."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def fact(text, kind, detail=False):
     return {"text": text, "about": text.split()[0], "kind": kind, "detail": detail}
 
 
-# b's planted statements tell no "about": "left", their text but its last word
+# b's planted statements have no "about": it is "left", their text without its last word
 TRUTH = [
     {
         "image": "a.png",
@@ -50,13 +50,15 @@ TRUTH = [
 CAPTIONS = [
     {
         "image": "a.png",
-        "caption": "Left  red circle, background gray., left red circle, right stripes, round thing",
+        "caption": "Left  red circle, background gray., left red circle, "
+        "right stripes, round thing",
         "finish": "eos",
         "tokens": 12,
     },
     {
         "image": "b.png",
-        "caption": "left green square, left checks, left stripes, center blue ring, background black, sky",
+        "caption": "left green square, left checks, left stripes, center blue ring, "
+        "background black, sky",
         "finish": "length",
         "tokens": 20,
     },
@@ -67,7 +69,8 @@ CAPTIONS = [
         "tokens": 4,
     },
 ]
-# true ones of the 4 + 6 + 2 different statements: 3 + 2 + 2; facts told of 4 + 3 + 3: 2 + 2 + 2; beyond the facts: 1
+# true ones of the 4 + 6 + 2 different statements: 3 + 2 + 2;
+# facts stated of 4 + 3 + 3: 2 + 2 + 2; beyond the facts: 1
 EXPECTED = {
     "precision": 7 / 12,
     "recall": (6 + 1) / (10 + 1),
@@ -97,25 +100,26 @@ def one(caption, *facts, **row):
 
 # ---------------------------------------------------------------- the metrics
 def test_every_metric_by_hand():
-    found = evaluate.score(CAPTIONS, TRUTH)
-    assert {name: found[name] for name in EXPECTED} == pytest.approx(EXPECTED)
-    assert "intervals" not in found
+    scores = evaluate.score(CAPTIONS, TRUTH)
+    assert {name: scores[name] for name in EXPECTED} == pytest.approx(EXPECTED)
+    assert "intervals" not in scores
     for name in EXPECTED:
-        assert type(found[name]) in (float, int), name
+        assert type(scores[name]) in (float, int), name
 
 
 def test_categories_and_groups_by_hand():
-    found = evaluate.score(CAPTIONS, TRUTH)
+    scores = evaluate.score(CAPTIONS, TRUTH)
     nan = pytest.approx(math.nan, nan_ok=True)
-    # "left stripes" is a mark on another image, "left checks" has the form of one, "right stripes" that of nothing
-    assert found["categories"] == {
+    # "left stripes" is a mark on another image, "left checks" has the form of one,
+    # and "right stripes" the form of nothing
+    assert scores["categories"] == {
         "background": {"precision": 1, "recall": pytest.approx(2 / 3), "n": 2},
         "center": {"precision": 0.5, "recall": 0.5, "n": 2},
         "mark": {"precision": 0, "recall": 0, "n": 2},
         "object": {"precision": 1, "recall": 0.75, "n": 3},
         "other": {"precision": pytest.approx(1 / 3), "recall": nan, "n": 3},
     }  # right stripes, round thing, sky
-    assert found["planted_groups"] == {"cold": 1, "warm": 0.5}
+    assert scores["planted_groups"] == {"cold": 1, "warm": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -140,12 +144,16 @@ def test_the_truth_is_normalised_as_captions_are():
             "planted": [{"text": "A  Bell."}],
         }
     ]
-    found = evaluate.score([{"image": "x", "caption": "a cat, it is dark, a bell"}], truth)
-    assert (found["precision"], found["recall"], found["planted"]) == (pytest.approx(2 / 3), 1, 1)
-    assert (found["detail_precision"], found["detail_recall"]) == (0.5, 1)
+    scores = evaluate.score([{"image": "x", "caption": "a cat, it is dark, a bell"}], truth)
+    assert (scores["precision"], scores["recall"], scores["planted"]) == (
+        pytest.approx(2 / 3),
+        1,
+        1,
+    )
+    assert (scores["detail_precision"], scores["detail_recall"]) == (0.5, 1)
 
 
-def test_true_statements_beyond_the_facts_raise_recall_and_need_not_be_told():
+def test_true_statements_beyond_the_facts_raise_recall_and_need_not_be_made():
     truth = [
         {
             "image": "x",
@@ -193,8 +201,12 @@ def test_rows_without_finish_or_tokens_do_not_count_for_these():
         {"image": "x", "caption": "a", "finish": "eos", "tokens": 7},
         {"image": "x", "caption": "a", "finish": "length", "tokens": 8},
     ]
-    found = evaluate.score(rows, truth)
-    assert (found["eos"], found["length"], found["statements"]) == (0.5, 7.5, pytest.approx(5 / 3))
+    scores = evaluate.score(rows, truth)
+    assert (scores["eos"], scores["length"], scores["statements"]) == (
+        0.5,
+        7.5,
+        pytest.approx(5 / 3),
+    )
     without = evaluate.score(rows[:1], truth)
     assert math.isnan(without["eos"]) and without["length"] == without["statements"] == 3
 
@@ -202,18 +214,18 @@ def test_rows_without_finish_or_tokens_do_not_count_for_these():
 def test_errors_unknown_and_missing_images_are_counted_and_change_nothing():
     others = [{"image": "c.png", "caption": "sky, sky"}, {"image": "a.png", "error": "broken"}]
     truth = [*TRUTH, {"image": "d.png", "facts": [{"text": "sea"}]}]
-    found = evaluate.score(CAPTIONS + others, truth)
+    scores = evaluate.score(CAPTIONS + others, truth)
     expected = {**EXPECTED, "errors": 1, "unknown": 1, "missing": 1}
-    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert {name: scores[name] for name in expected} == pytest.approx(expected)
 
 
-# ---------------------------------------------------------------- details and kinds of what is not there
+# ---------------------------------------------------------------- details and kinds of false statem
 def sorted_by(facts, *texts):
-    """(kind, whether it claims a detail) of texts that are said of an image on which nothing is."""
-    known = scoring.understand(
+    """(kind, whether it claims a detail) of texts that are not facts of their image."""
+    known = scoring.read_truth(
         [{"image": "x", "facts": facts}, {"image": "y", "facts": [{"text": "nothing"}]}]
     )
-    return [known["y"]["classify"](text) for text in texts]
+    return [known["y"].vocabulary.classify(text) for text in texts]
 
 
 def test_a_statement_claims_a_detail_by_its_text_or_its_about():
@@ -229,7 +241,8 @@ def test_a_statement_claims_a_detail_by_its_text_or_its_about():
             facts, "top dots", "top blue", "tip blue", "tip", "tipped blue", "bare", "bare blue"
         )
     ]
-    # top has facts that are no details; "tip" alone and "tipped" do not begin with "tip "; "bare" is nobody's about
+    # top has facts that are not details; "tip" alone and "tipped" do not begin with "tip ";
+    # "bare" is the about of no fact
     assert claims == [True, False, True, False, False, True, False]
 
 
@@ -284,8 +297,8 @@ def test_a_true_statement_is_of_the_kind_that_it_has_on_its_image():
         {"image": "x", "facts": [{"text": "mill", "kind": "house"}]},
         {"image": "y", "facts": [{"text": "mill", "kind": "tool"}]},
     ]
-    found = evaluate.score([{"image": "y", "caption": "mill"}], truth)["categories"]
-    assert found == {"tool": {"precision": 1, "recall": 1, "n": 1}}
+    scores = evaluate.score([{"image": "y", "caption": "mill"}], truth)["categories"]
+    assert scores == {"tool": {"precision": 1, "recall": 1, "n": 1}}
 
 
 def test_a_thing_with_two_planted_statements_is_one_thing():
@@ -308,18 +321,18 @@ def test_a_thing_with_two_planted_statements_is_one_thing():
     ] == {"g": 0}
 
 
-def test_toy_scenes_told_in_full_are_right_in_full():
+def test_toy_scenes_described_in_full_score_one():
     truth = [world.truth(world.make_scene(k), str(k)) for k in range(20)]
     full = [
         {"image": row["image"], "caption": ", ".join(f["text"] for f in row["facts"])}
         for row in truth
     ]
-    found = evaluate.score(full, truth)
+    scores = evaluate.score(full, truth)
     assert all(
-        found[name] == 1
+        scores[name] == 1
         for name in ("precision", "recall", "f1", "detail_precision", "detail_recall")
     )
-    assert found["planted"] == found["repeat"] == 0 and set(found["planted_groups"]) == {
+    assert scores["planted"] == scores["repeat"] == 0 and set(scores["planted_groups"]) == {
         "warm",
         "cold",
     }
@@ -328,9 +341,9 @@ def test_toy_scenes_told_in_full_are_right_in_full():
         for row in truth
         if row["planted"]
     ]
-    found = evaluate.score(tempted, truth)
-    assert found["precision"] == found["detail_precision"] == 0 < found["planted"] < 1
-    assert list(found["categories"]) == ["background", "center", "mark", "object"]
+    scores = evaluate.score(tempted, truth)
+    assert scores["precision"] == scores["detail_precision"] == 0 < scores["planted"] < 1
+    assert list(scores["categories"]) == ["background", "center", "mark", "object"]
 
 
 # ---------------------------------------------------------------- against slow counting
@@ -356,30 +369,30 @@ def test_pooled_precision_and_recall_agree_with_slow_counting(world):
         for k, row in enumerate(world)
     ]
     captions = [
-        {"image": str(k), "caption": ", ".join(said)}
+        {"image": str(k), "caption": ", ".join(stated)}
         for k, row in enumerate(world)
-        for said in row["captions"]
+        for stated in row["captions"]
     ]
-    right = claims = told = could = 0
+    right = claims = recalled = could = 0
     for row in world:
-        for said in row["captions"]:
+        for stated in row["captions"]:
             beyond = 0
-            for k, word in enumerate(said):
-                if word not in said[:k]:
+            for k, word in enumerate(stated):
+                if word not in stated[:k]:
                     claims += 1
                     right += word in row["facts"] or word in row["also"]
                     beyond += word not in row["facts"] and word in row["also"]
-            told += sum(word in said for word in row["facts"]) + beyond
+            recalled += sum(word in stated for word in row["facts"]) + beyond
             could += len(row["facts"]) + beyond
-    found = evaluate.score(captions, truth)
-    for name, over, under in (("precision", right, claims), ("recall", told, could)):
+    scores = evaluate.score(captions, truth)
+    for name, over, under in (("precision", right, claims), ("recall", recalled, could)):
         expected = float(Fraction(over, under)) if under else math.nan
-        assert found[name] == pytest.approx(expected, nan_ok=True)
+        assert scores[name] == pytest.approx(expected, nan_ok=True)
 
 
 # ---------------------------------------------------------------- intervals
 def coins(n, right, each=1):
-    """n images with `each` captions of one statement; those of the first `right` images are true."""
+    """n images with `each` captions of one statement, true for the first `right` images."""
     truth = [{"image": str(k), "facts": [{"text": "a"}]} for k in range(n)]
     return [
         {"image": str(k), "caption": "a" if k < right else "z"}
@@ -391,33 +404,33 @@ def coins(n, right, each=1):
 def test_an_interval_is_as_wide_as_theory_says_and_images_are_what_is_drawn():
     expected = 2 * 1.96 * math.sqrt(0.3 * 0.7 / 400)
     for each in (1, 5):  # five captions of an image say no more than one
-        found = evaluate.score(*coins(400, 120, each), bootstrap=1000)
-        low, high = found["intervals"]["precision"]
-        assert low < found["precision"] == 0.3 < high and high - low == pytest.approx(
+        scores = evaluate.score(*coins(400, 120, each), bootstrap=1000)
+        low, high = scores["intervals"]["precision"]
+        assert low < scores["precision"] == 0.3 < high and high - low == pytest.approx(
             expected, rel=0.12
         )
-        assert found["intervals"]["recall"] == [low, high]
+        assert scores["intervals"]["recall"] == [low, high]
     assert evaluate.score(*coins(1, 1, 9), bootstrap=50)["intervals"]["precision"] == [1, 1]
 
 
 def test_intervals_hold_their_values_and_depend_on_the_seed_alone():
     captions, truth = coins(30, 12)
     captions[0] |= {"finish": "eos", "tokens": 3}
-    found, again, other = (evaluate.score(captions, truth, 200, seed) for seed in (0, 0, 1))
-    assert json.dumps(found) == json.dumps(again)
-    assert found["intervals"]["precision"] != other["intervals"]["precision"]
+    scores, again, other = (evaluate.score(captions, truth, 200, seed) for seed in (0, 0, 1))
+    assert json.dumps(scores) == json.dumps(again)
+    assert scores["intervals"]["precision"] != other["intervals"]["precision"]
     for name in ("precision", "recall", "f1", "repeat", "eos", "length", "statements"):
-        low, high = found["intervals"][name]
-        assert low <= found[name] <= high, name
-    assert found["intervals"]["eos"] == [1, 1]  # resamples without a row that tells it have no say
-    assert all(math.isnan(end) for end in found["intervals"]["planted"])
+        low, high = scores["intervals"][name]
+        assert low <= scores[name] <= high, name
+    assert scores["intervals"]["eos"] == [1, 1]  # resamples without such a row do not count
+    assert all(math.isnan(end) for end in scores["intervals"]["planted"])
 
 
 def test_a_thousand_resamples_of_a_thousand_images_are_quick():
     captions, truth = coins(1000, 300)
     plain, began = evaluate.score(captions, truth), time.process_time()
-    found = evaluate.score(captions, truth, bootstrap=1000)
-    assert time.process_time() - began < 2 and found["precision"] == plain["precision"]
+    scores = evaluate.score(captions, truth, bootstrap=1000)
+    assert time.process_time() - began < 2 and scores["precision"] == plain["precision"]
 
 
 def test_the_difference_of_two_captioners():
@@ -470,7 +483,7 @@ def test_auroc_is_the_share_of_pairs_in_order(pairs):
     )
 
 
-def told(text, p_yes, kept, votes):
+def asked(text, p_yes, kept, votes):
     return {
         "text": text,
         "question": f"{text}?",
@@ -492,9 +505,9 @@ GOLDEN = [
             {"caption": "right stripes, right stripes", "finish": "repeat"},
         ],
         "statements": [
-            told("left red circle", 0.9, True, 2),
-            told("Round thing.", 0.6, True, 1),
-            told("right stripes", 0.6, False, 1),
+            asked("left red circle", 0.9, True, 2),
+            asked("Round thing.", 0.6, True, 1),
+            asked("right stripes", 0.6, False, 1),
         ],
     },
     {
@@ -502,7 +515,7 @@ GOLDEN = [
         "chosen": None,
         "left_out": "nothing kept",
         "combined": "sky",
-        "statements": [told("sky", 0.7, False, 2)],
+        "statements": [asked("sky", 0.7, False, 2)],
         "samples": [{"caption": "sky", "finish": "length"}],
     },
     {
@@ -518,8 +531,8 @@ GOLDEN = [
 
 
 def test_golden_rows_by_hand():
-    found = evaluate.score_golden(GOLDEN, TRUTH, bootstrap=20)
-    sample, combined, golden = (found[name] for name in ("sample", "combined", "golden"))
+    scores = evaluate.score_golden(GOLDEN, TRUTH, bootstrap=20)
+    sample, combined, golden = (scores[name] for name in ("sample", "combined", "golden"))
     assert (sample["captions"], combined["captions"], golden["captions"], golden["left_out"]) == (
         3,
         3,
@@ -538,7 +551,7 @@ def test_golden_rows_by_hand():
     assert sample["repeat"] == pytest.approx(1 / 3) and golden["length"] == (2 + 0 + 1) / 3
     assert "precision" in sample["intervals"]
     # P(yes) .9 and .6 of the true ones against .6 and .7; votes 2 and 1 against 1 and 2
-    assert found["gate"] == {
+    assert scores["gate"] == {
         "n": 4,
         "base_rate": 0.5,
         "precision": 1,
@@ -554,13 +567,13 @@ def test_a_gate_that_errs_and_a_gate_without_questions():
             "image": "a.png",
             "chosen": "",
             "statements": [
-                told("left red circle", 0.2, False, 1),
-                told("background gray", 0.8, True, 3),
-                told("sky", 0.9, True, None),
-                told("sea", 0.1, False, 2),
+                asked("left red circle", 0.2, False, 1),
+                asked("background gray", 0.8, True, 3),
+                asked("sky", 0.9, True, None),
+                asked("sea", 0.1, False, 2),
             ],
         },
-        {"image": "elsewhere.png", "chosen": "", "statements": [told("sky", 0.9, True, 1)]},
+        {"image": "elsewhere.png", "chosen": "", "statements": [asked("sky", 0.9, True, 1)]},
     ]
     gate = evaluate.score_golden(rows, TRUTH)["gate"]
     # .2 and .8 of the true ones against .9 and .1; votes 1 and 3 against 2
@@ -592,14 +605,14 @@ SYNONYMS = {
 
 
 def named(caption, synonyms=SYNONYMS):
-    """The categories that a caption names, as CHAIR counts them against an image of nothing."""
-    found = [
+    """The categories that a caption names: those that a chair() of one category covers."""
+    names = [
         name
         for name in set(synonyms.values())
         if evaluate.chair([{"image": "i", "caption": caption}], {"i": {name}}, synonyms)["coverage"]
         == 1
     ]
-    return set(found)
+    return set(names)
 
 
 @pytest.mark.parametrize(
@@ -624,7 +637,7 @@ def test_objects_that_a_caption_names(caption, expected):
     assert named(caption) == expected
 
 
-def test_a_phrase_of_its_own_is_no_plural():
+def test_a_phrase_in_the_synonyms_is_not_a_plural():
     assert named("two glasses", {"glass": "cup", "glasses": "eyewear"}) == {"eyewear"}
     assert named("two glasses", {"glasses": "eyewear", "glass": "cup"}) == {"eyewear"}
     assert named("two glasses", {"glass": "cup"}) == {"cup"}
@@ -649,7 +662,7 @@ def test_chair_by_hand():
         {"image": "4", "caption": "a bus"},
         {"image": "1", "error": ""},
     ]
-    found = evaluate.chair(rows, OBJECTS, SYNONYMS, bootstrap=100)
+    scores = evaluate.chair(rows, OBJECTS, SYNONYMS, bootstrap=100)
     expected = {
         "chair_i": 3 / 6,
         "chair_s": 2 / 4,
@@ -660,9 +673,9 @@ def test_chair_by_hand():
         "unknown": 1,
         "missing": 0,
     }
-    assert {name: found[name] for name in expected} == pytest.approx(expected)
-    assert set(found["intervals"]) == {"chair_i", "chair_s", "coverage"}
-    low, high = found["intervals"]["chair_i"]
+    assert {name: scores[name] for name in expected} == pytest.approx(expected)
+    assert set(scores["intervals"]) == {"chair_i", "chair_s", "coverage"}
+    low, high = scores["intervals"]["chair_i"]
     assert 0 <= low < 0.5 < high <= 1
     assert math.isnan(evaluate.chair(rows[1:2], OBJECTS, SYNONYMS)["chair_i"])
 
@@ -728,7 +741,7 @@ def test_names_are_relative_to_their_file_or_the_current_folder(tmp_path, monkey
         ("out/c.jsonl", str(tmp_path / "scenes/{}")),
         ("out/c.jsonl", "link/./{}"),
     ):
-        # both base names stand twice, so that only the path tells
+        # both file names occur twice, so that only the path decides
         rows = [{**row, "image": name.format(row["image"])} for row in CAPTIONS]
         rows += [{"image": f"no/{row['image']}", "caption": "sky"} for row in CAPTIONS[:2]]
         assert run(stages.write_rows(tmp_path / place, rows), truth, "--bootstrap", 0) == 0
@@ -776,9 +789,9 @@ def test_an_imagefolder_and_bad_rows(files, tmp_path, capsys):
     lines = captured.err.splitlines()
     assert (
         len(lines) == len(bad)
-        and lines[0] == f"evaluate.py: left out: {path}:4: no JSON object with an image"
+        and lines[0] == f"evaluate.py: left out: {path}:4: not a JSON object with an image"
     )
-    assert lines[3] == f"evaluate.py: left out: {path}:7: neither caption nor error"
+    assert lines[3] == f"evaluate.py: left out: {path}:7: has neither a caption nor an error"
 
 
 @pytest.mark.parametrize(
@@ -792,11 +805,11 @@ def test_an_imagefolder_and_bad_rows(files, tmp_path, capsys):
         ({"image": "c.png", "facts": [{"text": "a"}], "also_true": [3]}, "3 is not a statement"),
         ({"image": "c.png", "facts": [{"text": "a"}], "also_true": "abc"}, "also_true"),
         ({"image": "c.png", "facts": [{"text": "a"}], "planted": [{"about": "a"}]}, "planted"),
-        ({"facts": [{"text": "a"}]}, "no JSON object with an image"),
-        ("nonsense", "no JSON object with an image"),
+        ({"facts": [{"text": "a"}]}, "not a JSON object with an image"),
+        ("nonsense", "not a JSON object with an image"),
     ],
 )
-def test_a_bad_row_of_truth_is_told_and_left_out(files, tmp_path, capsys, row, expected):
+def test_a_bad_row_of_truth_is_reported_and_left_out(files, tmp_path, capsys, row, expected):
     truth = stages.write_rows(tmp_path / "bad.jsonl", [*TRUTH, row])
     assert run(files[0], truth, "--bootstrap", 0) == 0
     captured = capsys.readouterr()
@@ -806,7 +819,7 @@ def test_a_bad_row_of_truth_is_told_and_left_out(files, tmp_path, capsys, row, e
     assert captured.err.count("\n") == 1 and figures(captured.out)["missing"] == "0"
 
 
-def test_odd_values_are_no_crash(files, tmp_path, capsys):
+def test_odd_values_do_not_crash(files, tmp_path, capsys):
     rows = [
         {**CAPTIONS[0], "tokens": 10**400, "finish": 3},
         {"image": "a\0b\ud800.png", "caption": "a", "tokens": "12"},
@@ -843,8 +856,8 @@ def test_a_golden_file(files, tmp_path, capsys):
         "3",
     ]
     assert (
-        lines[-1]
-        == "gate: n 4, base_rate 0.500, precision 1.000, recall 1.000, auroc 0.625, votes_auroc 0.500"
+        lines[-1] == "gate: n 4, base_rate 0.500, precision 1.000, recall 1.000, auroc 0.625, "
+        "votes_auroc 0.500"
     )
     stored = json.loads(out.read_text())
     assert (
@@ -928,7 +941,7 @@ def test_coco_reads_synonyms_in_both_forms(coco):
 
 # ---------------------------------------------------------------- a user's mistakes
 def one_line(capsys, *argv):
-    """The one line on stderr of a run that fails."""
+    """The one line on stderr of a failed run."""
     assert run(*argv) == 1
     captured = capsys.readouterr()
     assert (
@@ -947,7 +960,7 @@ def test_files_that_cannot_be_used(files, tmp_path, capsys):
     assert "nowhere.jsonl: cannot be read" in one_line(capsys, files[0], tmp_path / "nowhere.jsonl")
     assert "cannot be read" in one_line(capsys, files[0], tmp_path)
     assert f"{empty}: no usable row" in one_line(capsys, empty, files[1])
-    assert f"{text}:1: no JSON object" in one_line(capsys, files[0], text)
+    assert f"{text}:1: not a JSON object" in one_line(capsys, files[0], text)
     assert "no facts" in one_line(capsys, files[0], files[0])
     doubled = stages.write_rows(tmp_path / "doubled.jsonl", TRUTH + TRUTH[:1])
     assert "'a.png' twice" in one_line(capsys, files[0], doubled)
@@ -970,7 +983,7 @@ def test_a_json_file_that_cannot_be_written(files, tmp_path, capsys):
 def test_coco_files_that_cannot_be_used(coco, files, tmp_path, capsys):
     synonyms, instances = coco[4], coco[2]
     synonyms.write_text("dog: puppy\n\nCat: kitten\n")
-    assert f"{synonyms}:3: 'cat' is none of the categories" in one_line(capsys, *coco)
+    assert f"{synonyms}:3: 'cat' is not one of the categories" in one_line(capsys, *coco)
     assert "nowhere" in one_line(capsys, *coco[:3], "--synonyms", tmp_path / "nowhere.txt")
     for broken in (
         "[]",

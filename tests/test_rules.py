@@ -1,4 +1,4 @@
-"""The shorthand tool: its rules for the five operations, against what they promise about any captions."""
+"""rules.py: the rules of the five operations, and what they promise about any captions."""
 
 import itertools
 import random
@@ -78,13 +78,13 @@ def test_statements_can_be_written_as_utf_8_whatever_comes_in():
 @some
 @given(st.text(st.characters(categories=["L", "P", "Z", "Cc", "Cs", "N"]), max_size=60))
 def test_statements_of_statements_are_the_same(text):
-    found = statements(text)
-    assert statements(", ".join(found)) == found
-    assert len({part.casefold() for part in found}) == len(found)
-    assert all(part == " ".join(part.split()) and part.strip(" .,") == part != "" for part in found)
+    parts = statements(text)
+    assert statements(", ".join(parts)) == parts
+    assert len({part.casefold() for part in parts}) == len(parts)
+    assert all(part == " ".join(part.split()) and part.strip(" .,") == part != "" for part in parts)
 
 
-def test_clean_gives_no_text_for_what_is_none():
+def test_clean_turns_anything_but_text_into_nothing():
     assert [rules.clean(value) for value in (None, 3, ["a"], {"a": 1}, " a \n b ")] == [
         "",
         "",
@@ -119,9 +119,10 @@ FILLER_WORDS = set(
     re.findall(
         r"\w+",
         """
-    overall also additionally finally and but then however in on the this a an image picture photo photograph scene view
-    is of shows depicts features captures presents displays contains portrays there are seems seem to be appears appear
-    we you one can see sees it that""",
+    overall also additionally finally and but then however in on the this a an
+    image picture photo photograph scene view
+    is of shows depicts features captures presents displays contains portrays
+    there are seems seem to be appears appear we you one can see sees it that""",
     )
 )
 PUNCTUATION = st.sampled_from([". ", ", ", "; ", ": ", "! ", "? ", "\n", ".\n\n", " , "])
@@ -148,12 +149,12 @@ def test_rewrite_drops_filler_and_keeps_what_follows_word_for_word(clauses):
 )
 def test_rewrite_adds_no_word_and_loses_only_filler(caption):
     try:
-        said = rewrite_rule(caption)
+        shorthand = rewrite_rule(caption)
     except Unreadable:
-        said = ""
+        shorthand = ""
     before, after = (
         [word.strip(".") for word in re.findall(r"[^\s,]+", text.casefold())]
-        for text in (caption, said)
+        for text in (caption, shorthand)
     )
     rest = iter(before)
     assert all(word in rest for word in after)  # in the order of the caption
@@ -221,12 +222,12 @@ def test_nothing_in_is_unreadable(rule, item):
         (["foreground of Left and right"], ["foreground of Left and right"]),
     ],
 )
-def test_combining_parts_what_runs_together_and_drops_what_says_nothing(captions, expected):
+def test_combine_splits_run_together_statements_and_drops_lone_places(captions, expected):
     assert [row["text"] for row in combine_rule(captions)] == expected
 
 
 def seen(rows):
-    """What rows say, without the spelling and without the names of the groups."""
+    """The content of rows, without spelling and the names of groups."""
     members = [
         frozenset(
             other["text"].casefold() for other in rows if row["group"] == other["group"] is not None
@@ -246,8 +247,11 @@ def test_combine_does_not_depend_on_the_order_of_captions_and_statements(caption
     assert seen(combine_rule(rng.sample(shuffled, len(shuffled)))) == expected
 
 
-def test_combine_goes_through_the_places_and_then_the_alphabet():
-    said = "zebra, foreground grass, dog brown, center ring, bottom car, Top-left red ring, top-left dots, background gray"
+def test_combine_sorts_by_place_and_then_by_the_alphabet():
+    caption = (
+        "zebra, foreground grass, dog brown, center ring, bottom car, "
+        "Top-left red ring, top-left dots, background gray"
+    )
     expected = [
         "background gray",
         "Top-left red ring",
@@ -258,10 +262,10 @@ def test_combine_goes_through_the_places_and_then_the_alphabet():
         "dog brown",
         "zebra",
     ]
-    assert texts(combine_rule([said])) == expected
+    assert texts(combine_rule([caption])) == expected
 
 
-def test_combine_loses_nothing_and_counts_in_how_many_captions_it_stands():
+def test_combine_loses_nothing_and_counts_captions():
     rows = combine_rule(["dog, sky, Dog", "DOG, tree", "dog"])
     assert [(row["text"], row["votes"]) for row in rows] == [("dog", 3), ("sky", 1), ("tree", 1)]
 
@@ -310,11 +314,11 @@ def test_all_true_facts_of_a_scene_are_in_no_group():
 @given(st.lists(CAPTIONS, min_size=1, max_size=5))
 def test_decompose_asks_one_question_that_names_its_statement(captions):
     combined = combine_rule(captions)
-    found = decompose_rule(combined)
-    assert [{**row, "question": None} for row in found] == [
+    facts = decompose_rule(combined)
+    assert [{**row, "question": None} for row in facts] == [
         {**row, "question": None} for row in combined
     ]
-    assert [row["question"] for row in found] == [
+    assert [row["question"] for row in facts] == [
         f"Does the image show {row['text']}?" for row in combined
     ]
 
@@ -334,9 +338,9 @@ def test_decompose_keeps_the_statements_with_the_most_votes_in_their_order(votes
         {"text": f"thing {k}", "about": "thing", "group": None, "votes": n}
         for k, n in enumerate(votes)
     ]
-    found = decompose_rule(rows)
-    assert len(found) == min(len(votes), MOST_QUESTIONS)
-    kept = [int(row["text"].split()[1]) for row in found]
+    facts = decompose_rule(rows)
+    assert len(facts) == min(len(votes), MOST_QUESTIONS)
+    kept = [int(row["text"].split()[1]) for row in facts]
     assert kept == sorted(kept)
     least = min(votes[k] for k in kept)
     dropped = [k for k in range(len(votes)) if k not in kept]
@@ -376,7 +380,7 @@ def asked(row):
 @given(st.lists(CAPTIONS, min_size=1, max_size=6))
 def test_triplets_are_true_or_one_word_away_from_true(captions):
     known = slots(captions)
-    mine = {text.casefold() for text in statements(captions[0])}
+    own = {text.casefold() for text in statements(captions[0])}
     rows = triplets_rule({"caption": captions[0], "slots": known})
     yes, no = (
         [row for row in rows if row["answer"].startswith(word)] for word in ("Yes, ", "No, ")
@@ -389,7 +393,7 @@ def test_triplets_are_true_or_one_word_away_from_true(captions):
         miss, truth = asked(row).split(), row["answer"][4:].split()
         assert len(miss) == len(truth) and sum(a != b for a, b in zip(miss, truth)) == 1
         assert miss[0] == truth[0]
-        assert " ".join(truth).casefold() in mine and " ".join(miss).casefold() not in mine
+        assert " ".join(truth).casefold() in own and " ".join(miss).casefold() not in own
 
 
 def test_triplets_take_the_other_word_from_other_captions_and_no_word_of_its_own():
@@ -419,7 +423,7 @@ def test_triplets_are_the_same_every_time_and_of_all_words():
         ", ".join(fact["text"] for fact in world.facts(world.make_scene(seed)))
         for seed in range(60)
     ]
-    known, found = slots(captions), set()
+    known, changes = slots(captions), set()
     for caption in captions:
         rows = triplets_rule({"caption": caption, "slots": known})
         random.shuffle(shuffled := list(captions))
@@ -431,5 +435,5 @@ def test_triplets_are_the_same_every_time_and_of_all_words():
                     for k, (a, b) in enumerate(zip(asked(row).split(), row["answer"][4:].split()))
                     if a != b
                 ]
-                found.update(itertools.product([len(asked(row).split())], changed))
-    assert found == {(2, 1), (3, 1), (3, 2)}  # marks and backgrounds; colours; shapes
+                changes.update(itertools.product([len(asked(row).split())], changed))
+    assert changes == {(2, 1), (3, 1), (3, 2)}  # marks and backgrounds; colours; shapes

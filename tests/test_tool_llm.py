@@ -1,4 +1,4 @@
-"""tool_llm.py: captions as data in prompts, readers of whatever a model answers, and the script as a user runs it."""
+"""tool_llm.py: captions as data in prompts, readers of answers, and the script as users run it."""
 
 import json
 import os
@@ -10,12 +10,13 @@ import stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_chat import closed_port, drip, hang, in_turn, noise, said, serving, shaped, status
+from test_chat import closed_port, completion, drip, hang, in_turn, noise, serving, shaped, status
 
 import plumbing.data
 import qa_adapter
 import tool_llm
 from plumbing import chat, rules
+from plumbing.answers import loose_json
 from plumbing.chat import READINGS, Server, ToolError
 from plumbing.rules import MOST_QUESTIONS, Unreadable, clean, statements
 from tool_llm import COMBINE, CORRECT, DECOMPOSE, REWRITE, TRIPLETS, Chat, Shorthand
@@ -45,7 +46,7 @@ def rows_of(texts, **more):
 
 
 def item_of(operation, texts):
-    """Something to ask about these texts."""
+    """An item of an operation, made of these texts."""
     if operation is COMBINE:
         return texts
     if operation is DECOMPOSE:
@@ -70,7 +71,7 @@ def slept(monkeypatch):
 
 # ---------------------------------------------------------------- captions in prompts
 def data_of(operation, item):
-    """What stands in a prompt behind the instructions, which are the same whatever the captions."""
+    """The data of a prompt, after its instructions, which do not depend on the captions."""
     prompt, end = operation.prompt(item), tool_llm.DATA
     instructions = operation.prompt(item_of(operation, ["x"])).split(end)[0]
     assert prompt.startswith(instructions + end)
@@ -78,22 +79,22 @@ def data_of(operation, item):
 
 
 def strings_in(data):
-    """The JSON strings in some lines, each with its number if it has one, and the other lines."""
-    found, others = [], []
+    """The JSON strings in some lines, each with its number or None, and the other lines."""
+    strings, others = [], []
     for line in data.split("\n"):
         numbered = re.fullmatch(r"(?:(\d+)\. )?(\".*\")", line)
         if numbered:
-            found.append((numbered[1] and int(numbered[1]), json.loads(numbered[2])))
+            strings.append((numbered[1] and int(numbered[1]), json.loads(numbered[2])))
         else:
             others.append(line)
-    return found, others
+    return strings, others
 
 
 def assert_only_quoted(operation, texts):
-    """The texts of an item are JSON strings on lines of their own, and what ends strings, tags and tokens is escaped."""
+    """The texts of an item are JSON strings, a line each, without brackets of tags or tokens."""
     item = item_of(operation, texts)
     data = data_of(operation, item)
-    found, others = strings_in(data)
+    strings, others = strings_in(data)
     expected = list(enumerate(map(clean, texts), 1))
     if operation is CORRECT:
         expected = [
@@ -108,7 +109,7 @@ def assert_only_quoted(operation, texts):
         ]
     if operation in (REWRITE, TRIPLETS):
         expected = [(None, clean(texts[0]))]
-    assert found == expected
+    assert strings == expected
     assert [line for line in others if line] == (
         ["Caption:", "Confirmed:", "Refused:"] if operation is CORRECT else []
     )
@@ -131,8 +132,8 @@ def test_a_caption_is_one_quoted_string_of_its_prompt(operation, caption):
 def test_any_text_is_a_quoted_string_of_its_prompt(operation, texts):
     texts = [text for text in texts if clean(text)] or ["x"]
     item = item_of(operation, texts)
-    found, _ = strings_in(data_of(operation, item))
-    assert {text for _, text in found} <= {clean(text) for text in [*texts, ", ".join(texts)]}
+    strings, _ = strings_in(data_of(operation, item))
+    assert {text for _, text in strings} <= {clean(text) for text in [*texts, ", ".join(texts)]}
     assert not re.search(r"[<>\[\]]", data_of(operation, item))
 
 
@@ -187,7 +188,7 @@ NOTHING = [
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.name)
 @pytest.mark.parametrize("value", NOTHING, ids=ascii)
-def test_an_answer_that_says_nothing_is_unreadable(operation, value):
+def test_an_answer_without_content_is_unreadable(operation, value):
     assert refuses(operation, value, item_of(operation, ["a long enough caption"]))
 
 
@@ -305,7 +306,7 @@ def test_combine_reads():
         ({"1": 2}, 1),
     ],
 )
-def test_votes_are_the_captions_that_there_are(named, votes):
+def test_votes_count_existing_captions(named, votes):
     assert combined(**{"in": named})["votes"] == votes
     assert combined()["votes"] == 1
 
@@ -313,7 +314,7 @@ def test_votes_are_the_captions_that_there_are(named, votes):
 @pytest.mark.parametrize(
     "group", [None, "", " ", "none", "None", "NULL", "n/a", "-", True, False, [], {"a": 1}, 1.5]
 )
-def test_groups_that_are_none(group):
+def test_groups_that_do_not_count(group):
     rows = COMBINE.read([{"text": text, "group": group} for text in ("a", "b")], THREE)
     assert [row["group"] for row in rows] == [None, None]
 
@@ -418,10 +419,10 @@ def test_decompose_reads_questions_alone_where_there_is_one_for_each():
     assert DECOMPOSE.read(questions, SOURCES) == [
         {**row, "question": question} for row, question in zip(SOURCES, questions)
     ]
-    listed, whole = chat.loose_json(
+    listed, complete = loose_json(
         "Here:\n1. Is there a red dog?\n2. Is the sky blue?\n3. Is the sky grey?"
     )
-    assert whole and DECOMPOSE.read(listed, SOURCES) == DECOMPOSE.read(questions, SOURCES)
+    assert complete and DECOMPOSE.read(listed, SOURCES) == DECOMPOSE.read(questions, SOURCES)
     assert refuses(DECOMPOSE, questions[:2], SOURCES) and refuses(
         DECOMPOSE, [*questions, "One more?"], SOURCES
     )
@@ -510,9 +511,9 @@ def test_triplets_want_both_answers(answers):
 
 # ---------------------------------------------------------------- tools
 def test_the_rules_give_every_item_a_result_or_an_error():
-    found = list(Shorthand().run(REWRITE, ["the dog", " . ", "a sky"]))
-    assert [i for i, _ in found] == [0, 1, 2] and (found[0][1], found[2][1]) == ("dog", "sky")
-    assert isinstance(found[1][1], ToolError)
+    results = list(Shorthand().run(REWRITE, ["the dog", " . ", "a sky"]))
+    assert [i for i, _ in results] == [0, 1, 2] and (results[0][1], results[2][1]) == ("dog", "sky")
+    assert isinstance(results[1][1], ToolError)
 
 
 def questions(n, first=0):
@@ -526,19 +527,19 @@ def questions(n, first=0):
     )
 
 
-FINE = said(questions(1))
+FINE = completion(questions(1))
 MIX = {  # what the server does, in turn -> what must come of it
     "fine": ([FINE], 1),
     "twice": ([status(500), FINE], 1),
     "busy": ([status(429, Retry_After=9), status(503), FINE], 1),
-    "half": ([said(questions(1), length=9999), FINE], 1),
+    "half": ([completion(questions(1), length=9999), FINE], 1),
     "noise": ([noise, FINE], 1),
     "hangs": ([hang, FINE], 1),
     "drips": ([drip, FINE], 1),
     "shape": ([shaped(["a"]), shaped({"choices": [{}]}), FINE], 1),
     "parts": (
         [
-            said(
+            completion(
                 [
                     {"type": "text", "text": questions(1)[:30]},
                     {"type": "text", "text": questions(1)[30:]},
@@ -547,16 +548,16 @@ MIX = {  # what the server does, in turn -> what must come of it
         ],
         1,
     ),
-    "prose": ([said("I cannot."), FINE], 1),
-    "null": ([said(None), FINE], 1),
-    "many": ([said(questions(300))], MOST_QUESTIONS),
-    "cut": ([said(questions(3)[:-9])], 2),
-    "cut, then whole": ([said(questions(3)[:-9]), FINE], 1),
-    "listed": ([said("1. Fact 0?")], 1),
-    "cut, then lost": ([said(questions(3)[:-9]), status(400)], 2),
-    "only prose": ([said("No.")], None),
-    "empty list": ([said('{"questions": []}')], None),
-    "always null": ([said(None)], None),
+    "prose": ([completion("I cannot."), FINE], 1),
+    "null": ([completion(None), FINE], 1),
+    "many": ([completion(questions(300))], MOST_QUESTIONS),
+    "cut": ([completion(questions(3)[:-9])], 2),
+    "cut, then whole": ([completion(questions(3)[:-9]), FINE], 1),
+    "listed": ([completion("1. Fact 0?")], 1),
+    "cut, then lost": ([completion(questions(3)[:-9]), status(400)], 2),
+    "only prose": ([completion("No.")], None),
+    "empty list": ([completion('{"questions": []}')], None),
+    "always null": ([completion(None)], None),
     "refused": ([status(400, "too long")], None),
     "gone": ([status(500)], None),
     "always noise": ([noise], None),
@@ -572,16 +573,16 @@ def test_every_row_ends_as_a_result_or_an_error_whatever_the_server_does(tmp_pat
 
     with serving(script) as server:
         tool = Chat(Server(server.url, "m", 8, 0.3, 100), tmp_path)
-        found = list(tool.run(DECOMPOSE, [rows_of([name]) for name in names]))
-    assert sorted(i for i, _ in found) == list(range(len(names)))  # each exactly once
-    for i, result in found:
+        results = list(tool.run(DECOMPOSE, [rows_of([name]) for name in names]))
+    assert sorted(i for i, _ in results) == list(range(len(names)))  # each exactly once
+    for i, result in results:
         _, n = MIX[names[i]]
         assert (
             isinstance(result, ToolError)
             if n is None
             else len(result) == n and result[0]["question"] == "Fact 0?"
         ), names[i]
-    errors = {names[i]: str(result) for i, result in found if isinstance(result, ToolError)}
+    errors = {names[i]: str(result) for i, result in results if isinstance(result, ToolError)}
     assert (
         "too long" in errors["refused"]
         and "HTTP 500" in errors["gone"]
@@ -590,9 +591,12 @@ def test_every_row_ends_as_a_result_or_an_error_whatever_the_server_does(tmp_pat
     assert any(wait >= 9 for wait in slept)
 
 
-def test_a_model_is_told_what_was_wrong_with_its_answer(tmp_path):
+def test_a_model_learns_what_was_wrong_with_its_answer(tmp_path):
     with serving(
-        in_turn(said('{"caption": "red dog, grey sky"}'), said('{"caption": "red dog, blue sky"}'))
+        in_turn(
+            completion('{"caption": "red dog, grey sky"}'),
+            completion('{"caption": "red dog, blue sky"}'),
+        )
     ) as server:
         tool = Chat(Server(server.url, "m", 1, 5, 100), tmp_path)
         assert list(tool.run(CORRECT, [ITEM])) == [(0, "red dog, blue sky")]
@@ -655,7 +659,7 @@ def http(server, tmp_path, *more):
 @pytest.mark.parametrize("out", ["in/out.jsonl", "out.jsonl", "other/deeper/out.jsonl"])
 @pytest.mark.parametrize("made", [jsonl, imagefolder, beside])
 def test_rewrite_and_triplets_of_every_kind_of_captions(made, out, tmp_path, monkeypatch, capsys):
-    """Image paths lead from the folder of the output to the images, and the next stages can read the rows."""
+    """Image paths are relative to the output's folder, and the next stages can read the rows."""
     monkeypatch.chdir(tmp_path)
     data, out = made(Path("in")), Path(out)
     assert stages.run(tool_llm, "rewrite", data, "--out", out) == 0
@@ -706,7 +710,7 @@ def test_a_caption_that_cannot_be_done_is_an_error_row_in_its_place(tmp_path, ca
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file names are bytes on POSIX only")
-def test_a_file_name_that_is_no_text_comes_back(tmp_path):
+def test_a_file_name_that_is_not_text_comes_back(tmp_path):
     name = os.fsdecode(b"caf\xe9.png")
     try:
         Image.new("RGB", (8, 8)).save(tmp_path / name)
@@ -723,7 +727,7 @@ def test_a_file_name_that_is_no_text_comes_back(tmp_path):
 def rewriting(text, n):
     """A script that answers a rewrite prompt by the rules."""
     [(_, caption)] = strings_in(text.split(tool_llm.DATA)[1])[0]
-    return said(json.dumps({"statements": statements(rules.rewrite_rule(caption))}))
+    return completion(json.dumps({"statements": statements(rules.rewrite_rule(caption))}))
 
 
 def test_a_second_run_asks_the_server_nothing(tmp_path):
@@ -752,7 +756,7 @@ def test_a_second_run_asks_the_server_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("give_up", [50, 3])
-def test_a_run_that_lost_its_server_goes_on_where_it_was(give_up, tmp_path, monkeypatch, capsys):
+def test_a_run_that_lost_its_server_resumes_where_it_was(give_up, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(chat, "GIVE_UP", give_up)
     images(tmp_path, 10)
     data = stages.write_rows(
@@ -791,7 +795,7 @@ def test_a_run_that_lost_its_server_goes_on_where_it_was(give_up, tmp_path, monk
 
 
 def one_line(capsys):
-    """The one line on stderr, less a progress bar's."""
+    """The one line on stderr besides a progress bar."""
     lines = [
         line
         for line in capsys.readouterr().err.replace("\r", "\n").splitlines()
@@ -842,12 +846,12 @@ def test_an_output_that_cannot_be_is_one_line(tmp_path, capsys):
     ],
     ids=["missing", "empty", "no json", "no image", "no caption"],
 )
-@pytest.mark.parametrize("what", ["rewrite", "triplets"])
-def test_captions_that_cannot_be_used_are_one_line(content, what, tmp_path, capsys):
+@pytest.mark.parametrize("operation", ["rewrite", "triplets"])
+def test_captions_that_cannot_be_used_are_one_line(content, operation, tmp_path, capsys):
     data = tmp_path / "raw.jsonl"
     if content is not None:
         data.write_text(content)
-    assert stages.run(tool_llm, what, data, "--out", tmp_path / "out.jsonl") == 1
+    assert stages.run(tool_llm, operation, data, "--out", tmp_path / "out.jsonl") == 1
     assert str(data) in one_line(capsys) and not (tmp_path / "out.jsonl").exists()
 
 
@@ -882,7 +886,7 @@ def test_wrong_flags_are_refused_in_one_line(flags, message, tmp_path, capsys):
     assert [line for line in lines if "error:" in line] == lines[-1:] and message in lines[-1]
 
 
-def test_tools_that_cannot_be_had_are_one_line(tmp_path, capsys, monkeypatch):
+def test_tools_that_cannot_be_used_are_one_line(tmp_path, capsys, monkeypatch):
     data, out = jsonl(tmp_path), tmp_path / "out.jsonl"
     assert (
         stages.run(
