@@ -369,10 +369,9 @@ def main(argv=None):
 def learn(args, ranks):
     """The whole stage on one rank -> exit code."""
     # ---- the captioner, which is the policy's start and the reference
-    card = adapters.read_card(args.init)
+    base = args.base or adapters.read_card(args.init)["base"]
     boxes = adapters.views_of(args.init, args.views)
-    model = QwenVL.from_pretrained(args.base or card["base"], arguments.DTYPES.get(args.dtype),
-                                   ranks.device)
+    model = QwenVL.from_pretrained(base, arguments.DTYPES.get(args.dtype), ranks.device)
     captioner = adapters.load(model, args.init)["name"]
 
     # ---- data
@@ -401,9 +400,8 @@ def learn(args, ranks):
     make = functools.partial(make_example, args, prompt, size, boxes, reference)
 
     # ---- the loop
-    fixed = {"base": model.fingerprint, "start": start, "golden": len(rows),
-             "rows": data.rows_hash(rows)}
-    fixed |= train.fixed(args, "loss", "beta", "ce", "max_rejected")
+    fixed = {"base": model.fingerprint, "start": start, "rows": data.rows_hash(rows),
+             **train.fixed(args, "loss", "beta", "ce", "max_rejected", golden=len(rows))}
     run = train.Run(args, ranks, policy, optimizer, trained, rows, make, fixed)
     for step in run.steps():
         n_rows = ranks.sum(len(step.examples))
