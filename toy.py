@@ -1,17 +1,19 @@
-"""The method on a laptop: the whole loop through the real scripts, in a synthetic world whose truth is known.
+"""The method on a laptop: the whole loop through the real scripts, in a world whose truth is known.
 
 READS   assets/toy, a small Qwen-VL that was pre-trained on this world
-WRITES  out/toy: data, a folder per stage, commands.jsonl, results.json, sheet.png; out/best.txt: the best captioner
+WRITES  out/toy: data, a folder per stage, commands.jsonl, results.json, sheet.png;
+        out/best.txt: the folder of the best captioner
 
-    python toy.py                               # SFT, then two rounds; ten to fifteen minutes on two cores
+    python toy.py                               # SFT and two rounds
     python toy.py --rounds 3 --processes 2      # three rounds, each stage under torchrun
-    python toy.py claims --only rounds          # test what the source claims, several seeds each (toy_claims.py)
-    python toy.py pretrain                      # the base in assets/toy; about an hour on two cores
-    python toy.py report --base assets/toy      # what that base sees, and what it invents, on unseen scenes
-    python toy.py scenes --out out/scenes       # pictures of the world, with their truth
+    python toy.py claims --only rounds          # test what the source claims, with several seeds
+    python toy.py pretrain                      # train the base in assets/toy
+    python toy.py report --base assets/toy      # what that base sees and invents on unseen scenes
+    python toy.py scenes --out out/scenes       # pictures of the world and their truth
 
-Every stage is a command, printed as one would type it. Stopped and started again, it goes on where it was. The truth of
-the held-out images lies in a folder of its own, which evaluate.py alone is given.
+Every stage is a command, printed as one would type it. The same command again resumes where it was
+interrupted. The truth about the held-out images is in a folder of its own, which only evaluate.py
+is given.
 """
 import argparse
 import json
@@ -22,81 +24,98 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from plumbing import scoring
+from plumbing import data, scoring
 from plumbing.errors import InputError
 from plumbing.images import open_image
-from plumbing.train import write_whole
 from toy_world import base, claims, world
 from toy_world.steps import CODE, LATER, Loop, make_split, toy_rows
 
 
 def parse_args(argv):
-    plain = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=plain)
-    parser.add_argument("--out", type=Path, default=Path("out/toy"), help="folder to write, and to go on from")
-    parser.add_argument("--base", type=Path, default=Path(os.path.relpath(CODE / "assets/toy")), help="the toy base")
-    parser.add_argument("--rounds", type=int, default=2, help="rounds of QA adapter, golden samples and DPO")
-    parser.add_argument("--captions", type=int, default=3000, help="scenes with a caption, for SFT, and questions")
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=defaults)
+    parser.add_argument("--out", type=Path, default=Path("out/toy"), help="folder of the run")
+    parser.add_argument("--base", type=Path, default=Path(os.path.relpath(CODE / "assets/toy")),
+                        help="folder of the toy base")
+    parser.add_argument("--rounds", type=int, default=2,
+                        help="rounds of QA adapter, golden samples and DPO")
+    parser.add_argument("--captions", type=int, default=3000,
+                        help="scenes with a caption and questions, for SFT and the QA adapter")
     parser.add_argument("--images", type=int, default=8000, help="unlabelled scenes per round")
-    parser.add_argument("--held-out", type=int, default=500, help="scenes to judge captions by")
+    parser.add_argument("--held-out", type=int, default=500, help="scenes for evaluation")
     parser.add_argument("--samples", type=int, default=6, help="captions per unlabelled scene")
-    parser.add_argument("--processes", type=int, default=1, help="processes per stage, under torchrun if several")
+    parser.add_argument("--processes", type=int, default=1,
+                        help="processes per stage, under torchrun if more than 1")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes and of all stages")
     commands = parser.add_subparsers(dest="command", metavar="claims | pretrain | report | scenes")
-    p = commands.add_parser("claims", help="test what the source claims", formatter_class=plain)
-    claims.add_flags(p)
-    p = commands.add_parser("pretrain", help="train the toy base", formatter_class=plain)
-    p.add_argument("--out", type=Path, default=Path("out/toy-base"), help="folder of the base")
-    p.add_argument("--steps", type=int, default=6000, help="optimizer steps")
-    p.add_argument("--batch", type=int, default=32, help="images per step")
-    p.add_argument("--questions", type=int, default=8, help="yes/no questions per image")
-    p.add_argument("--lr", type=float, default=0.0025, help="peak learning rate of Muon, for matrices")
-    p.add_argument("--adam-lr", type=float, default=1e-3, help="peak learning rate of AdamW, for all else")
-    p.add_argument("--save-every", type=int, default=250, help="steps between checkpoints")
-    p.add_argument("--seed", type=int, default=0, help="of the weights and the scenes")
-    p = commands.add_parser("report", help="what a base sees and invents", formatter_class=plain)
-    p.add_argument("--base", default="assets/toy", help="folder of the base")
-    p.add_argument("--scenes", type=int, default=500, help="unseen scenes")
-    p.add_argument("--seed", type=int, default=0, help="of the scenes")
-    p = commands.add_parser("scenes", help="draw scenes, with truth, captions, questions", formatter_class=plain)
-    p.add_argument("--out", type=Path, default=Path("out/scenes"), help="folder of the pictures and truth.jsonl")
-    p.add_argument("--n", type=int, default=100, help="scenes")
-    p.add_argument("--seed", type=int, default=0, help="of the scenes")
+    add_commands(commands, defaults)
     args = parser.parse_args(argv)
     if args.command and argv[0] != args.command:
-        parser.error(f"{argv[0]}: flags of {args.command} stand after it")
-    for name in ("rounds", "captions", "images", "held_out", "samples", "processes", "steps", "batch", "questions",
-                 "save_every", "scenes", "n"):
+        parser.error(f"{argv[0]}: flags of {args.command} must come after it")
+    for name in ("rounds", "captions", "images", "held_out", "samples", "processes", "steps",
+                 "batch", "questions", "save_every", "scenes", "n"):
         if getattr(args, name, 1) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return args
 
 
+def add_commands(commands, defaults):
+    p = commands.add_parser("claims", help="test what the source claims", formatter_class=defaults)
+    claims.add_flags(p)
+    p = commands.add_parser("pretrain", help="train the toy base", formatter_class=defaults)
+    p.add_argument("--out", type=Path, default=Path("out/toy-base"), help="folder of the base")
+    p.add_argument("--steps", type=int, default=6000, help="optimizer steps")
+    p.add_argument("--batch", type=int, default=32, help="images per step")
+    p.add_argument("--questions", type=int, default=8, help="yes/no questions per image")
+    p.add_argument("--lr", type=float, default=0.0025, help="peak learning rate of Muon (matrices)")
+    p.add_argument("--adam-lr", type=float, default=1e-3,
+                   help="peak learning rate of AdamW (everything else)")
+    p.add_argument("--save-every", type=int, default=250, help="steps between checkpoints")
+    p.add_argument("--seed", type=int, default=0, help="of the weights and the scenes")
+    p = commands.add_parser("report", help="what a base sees and invents", formatter_class=defaults)
+    p.add_argument("--base", default="assets/toy", help="folder of the base")
+    p.add_argument("--scenes", type=int, default=500, help="unseen scenes")
+    p.add_argument("--seed", type=int, default=0, help="of the scenes")
+    p = commands.add_parser("scenes", help="draw scenes, with truth, captions and questions",
+                            formatter_class=defaults)
+    p.add_argument("--out", type=Path, default=Path("out/scenes"), help="folder of the pictures")
+    p.add_argument("--n", type=int, default=100, help="scenes")
+    p.add_argument("--seed", type=int, default=0, help="of the scenes")
+
+
 # ---------------------------------------------------------------- the loop
-def check_same(out, args, *kept):
-    """InputError where a folder holds a run in which the arguments named in `kept` were others; else remember these."""
-    mine, path = {key: str(getattr(args, key)) for key in kept}, out / "arguments.json"
-    if "base" in mine:
-        mine["base"] = os.path.realpath(args.base)
-    old = json.loads(path.read_text("utf-8")) if path.is_file() else mine
-    for key in kept:
-        if old.get(key) != mine[key]:
-            raise InputError(f"{out}: holds a run with another --{key.replace('_', '-')} ({old.get(key)}, now "
-                             f"{mine[key]}); delete it or give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda temporary: temporary.write_text(json.dumps(mine), "utf-8"))
+def check_same(out, args, *names):
+    """Keep the named arguments in out/arguments.json; InputError where the folder holds a run with
+    others.
+
+    commands.jsonl does not see them all: no command names the number of scenes. And this check
+    refuses a folder before anything in it changes.
+    """
+    path = out / "arguments.json"
+    arguments = {name: str(getattr(args, name)) for name in names}
+    if "base" in arguments:
+        arguments["base"] = os.path.realpath(args.base)
+    kept = json.loads(path.read_text("utf-8")) if path.is_file() else arguments
+    for name in names:
+        if kept.get(name) != arguments[name]:
+            raise InputError(f"{out}: holds a run with another --{name.replace('_', '-')} "
+                             f"({kept.get(name)}, now {arguments[name]}); delete it or give "
+                             "another --out")
+    data.write_json(path, arguments)
 
 
 def loop(args):
-    """SFT, then rounds of QA adapter, golden samples and preference training; each captioner judged; the table."""
-    out = args.out
+    """SFT and rounds of QA adapter, golden samples and preference training. Each captioner is
+    evaluated."""
+    out, seed = args.out, ("--seed", args.seed)
     check_same(out, args, "base", "captions", "images", "held_out", "samples", "seed")
-    run, seed = Loop(out, args.processes), ("--seed", args.seed)
-    run.tell(f"drawing scenes: {args.captions} with captions, {args.images} without for each of {args.rounds} rounds, "
-             f"{args.held_out} to judge by")
+    run = Loop(out, args.processes)
+    run.progress(f"drawing scenes: {args.captions} with captions, {args.images} without for each "
+                 f"of {args.rounds} rounds, {args.held_out} for evaluation")
     train, _ = make_split(out, "train", args.captions, args.seed, ("captions", "questions"))
     held_out, truth = make_split(out, "held-out", args.held_out, args.seed, ())
-    results = {"base": run.judge("base", held_out, truth, "--base", args.base, "--adapters", "none", seed=args.seed)}
+    results = {"base": run.judge("base", held_out, truth, "--base", args.base,
+                                 "--adapters", "none", seed=args.seed)}
     captioner = out / "sft"
     run.sft(args.base, train, captioner, *seed)
     results["sft"] = run.judge("sft", held_out, truth, "--adapters", captioner, seed=args.seed)
@@ -108,54 +127,74 @@ def loop(args):
         results[f"golden{k}"] = run.judge_golden(f"golden-{k}", golden, golden_truth)
         run.dpo(captioner, golden, trained, *(LATER if k > 1 else ()), *seed)
         captioner = trained
-        results[f"round{k}"] = run.judge(f"round-{k}", held_out, truth, "--adapters", captioner, seed=args.seed)
-    run.tell("judged")
+        results[f"round{k}"] = run.judge(f"round-{k}", held_out, truth, "--adapters", captioner,
+                                         seed=args.seed)
+    run.progress("judged")
     finish(args, results, held_out, truth)
 
 
 def finish(args, results, held_out, truth):
-    """results.json, the table, what the rounds gained, the picture sheet, and the best captioner's name."""
+    """Write results.json, sheet.png and the name of the best captioner; print the table and the
+    gain of each round."""
     out = args.out
-    for name in [name for name in results if name.startswith("golden")]:
-        found = results[name]
-        results[name] = {"sampled": found["golden"], "single": found["sample"], "union": found["combined"],
-                         "gate": found["gate"]}
-    write_whole(out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n", "utf-8"))
+    for name, figures in results.items():
+        if name.startswith("golden"):
+            results[name] = {"sampled": figures["golden"], "single": figures["sample"],
+                             "union": figures["combined"], "gate": figures["gate"]}
+    data.write_json(out / "results.json", results)
     print("\n" + "\n".join(table(results)) + "\n")
+    before = "sft"
     for k in range(1, args.rounds + 1):
-        before = "sft" if k == 1 else f"round-{k - 1}"
-        print(f"round {k} against {before.replace('-', ' ')}: " + gains(out, before, f"round-{k}", truth))
-    folders = {"sft": out / "sft", **{f"round{k}": out / f"dpo-{k}" for k in range(1, args.rounds + 1)}}
-    # captions that say nothing have no F1
-    best = max(folders, key=lambda name: sum(results[name][way]["f1"] or 0 for way in ("greedy", "sampled")))
-    named = out.parent / "best.txt"
-    write_whole(named, lambda path: path.write_text(f"{os.path.relpath(folders[best], out.parent)}\n", "utf-8"))
+        after = f"round-{k}"
+        print(f"round {k} against {before.replace('-', ' ')}: {gains(out, before, after, truth)}")
+        before = after
+    folders = {"sft": out / "sft"}
+    folders |= {f"round{k}": out / f"dpo-{k}" for k in range(1, args.rounds + 1)}
+    best = folders[max(folders, key=lambda name: both_f1(results[name]))]
+    best_file = out.parent / "best.txt"
+    with data.whole(best_file) as temporary:
+        temporary.write_text(f"{os.path.relpath(best, out.parent)}\n", "utf-8")
     sheet(out, held_out, truth, "sft", f"round-{args.rounds}")
-    print(f"best: {folders[best]}, named in {named} for caption.py. Before and after: {out}/sheet.png. What was "
-          f"confirmed and what refused: {out}/golden-1/index.html")
+    print(f"best: {best}, which {best_file} names for caption.py. Captions before and after: "
+          f"{out}/sheet.png. Statements confirmed and refused: {out}/golden-1/index.html")
 
 
-COLUMNS = {"precision": "P", "recall": "R", "f1": "F1", "detail_precision": "detail P", "detail_recall": "detail R",
-           "planted": "planted", "eos": "ends", "repeat": "repeats", "statements": "statements"}
+def both_f1(figures):
+    """Greedy + sampled F1; captions without statements, which have no F1, count 0."""
+    return (figures["greedy"]["f1"] or 0) + (figures["sampled"]["f1"] or 0)
+
+
+# ---------------------------------------------------------------- results, for the reader
+COLUMNS = {"precision": "P", "recall": "R", "f1": "F1", "detail_precision": "detail P",
+           "detail_recall": "detail R", "planted": "planted", "eos": "ends", "repeat": "repeats",
+           "statements": "statements"}
 
 
 def table(results):
-    """Lines of the table: a row for each captioner and way of decoding, and for each round's golden samples."""
-    def text(value, key):
-        return "-" if value is None else f"{value:.1f}" if key == "statements" else f"{value:.3f}"
+    """Lines of the table: a row per captioner and way of decoding, three per golden file, and a
+    line per gate."""
     rows = [["", "", *COLUMNS.values()]]
     for name, ways in results.items():
         for way, figures in ways.items():
-            if way != "gate":
-                shown = {"sampled": "golden"}.get(way, way) if name.startswith("golden") else way
-                rows.append([name, shown, *(text(figures[key], key) for key in COLUMNS)])
+            if way == "gate":
+                continue
+            label = "golden" if name.startswith("golden") and way == "sampled" else way
+            rows.append([name, label, *(cell(figures[key], key) for key in COLUMNS)])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    yield from ("  ".join(cell.ljust(width) if k < 2 else cell.rjust(width)
-                          for k, (cell, width) in enumerate(zip(row, widths))) for row in rows)
+    for name, way, *cells in rows:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[2:])]
+        yield "  ".join([name.ljust(widths[0]), way.ljust(widths[1]), *padded])
     for name, ways in results.items():
         if "gate" in ways:
-            yield (f"{name}: of what the gate kept {ways['gate']['precision']:.3f} was true, of what is true it kept "
-                   f"{ways['gate']['recall']:.3f}; before it {ways['gate']['base_rate']:.3f} was true")
+            gate = ways["gate"]
+            yield (f"{name}: the gate has a precision of {gate['precision']:.3f} and a recall of "
+                   f"{gate['recall']:.3f}; {gate['base_rate']:.3f} of its statements are true")
+
+
+def cell(value, key):
+    if value is None:
+        return "-"
+    return f"{value:.1f}" if key == "statements" else f"{value:.3f}"
 
 
 def read_captions(out, name, way):
@@ -163,54 +202,68 @@ def read_captions(out, name, way):
 
 
 def gains(out, before, after, truth):
-    """How precision, recall and F1 changed from one captioner to another, with 95 % intervals."""
+    """The change of precision, recall and F1 between two captioners, with 95 % intervals."""
     rows, parts = toy_rows(truth), []
     for way in ("greedy", "sampled"):
-        for name in ("precision", "recall", "f1"):
-            change, low, high = scoring.difference(read_captions(out, before, way), read_captions(out, after, way),
-                                                    rows, name)
-            parts.append(f"{way} {COLUMNS[name]} {change:+.3f} [{low:+.3f}, {high:+.3f}]")
+        captions = [read_captions(out, name, way) for name in (before, after)]
+        for metric in ("precision", "recall", "f1"):
+            change, low, high = scoring.difference(*captions, rows, metric)
+            parts.append(f"{way} {COLUMNS[metric]} {change:+.3f} [{low:+.3f}, {high:+.3f}]")
     return ", ".join(parts)
 
 
+PICTURE, TEXT_WIDTH, LINE, MARGIN = 192, 744, 20, 8         # pixels of the sheet
+WRAP = 105                                                  # characters
+
+
 def sheet(out, images, truth, before, after, n=8):
-    """sheet.png: the first held-out scenes with captions sampled before and after; wrong statements red, facts that are
-    not told grey."""
-    known = {row["image"]: row for row in toy_rows(truth)}
-    said = [{row["image"]: world.statements(row["caption"]) for row in read_captions(out, name, "sampled")}
-            for name in (before, after)]
-    side, width, line = 192, 960, 20
-    font = ImageFont.load_default(15)
-    canvas = Image.new("RGB", (width, n * (side + 16)), "white")
-    pen = ImageDraw.Draw(canvas)
-    for k, name in enumerate(sorted(known)[:n]):
-        facts, also = [fact["text"] for fact in known[name]["facts"]], known[name]["also_true"]
-        y = top = k * (side + 16) + 8
-        canvas.paste(open_image(images / name).resize((side, side), Image.NEAREST), (8, top))
-        for label, captions in zip((before, after), said):
-            told = captions.get(name, [])
-            right, wrong = ([s for s in told if (s in facts or s in also) == side] for side in (True, False))
-            missing = [fact for fact in facts if fact not in told]
-            for text, color in ((f"{label}:", "#888888"), (", ".join(right), "black"),
-                                (", ".join(f"wrong: {s}" for s in wrong), "#c02020"),
-                                (f"not told: {', '.join(missing)}" if missing else "", "#999999")):
-                for part in textwrap.wrap(text, 105):
-                    pen.text((side + 24, y), part, fill=color, font=font)
-                    y += line
-            y += line // 2
-    write_whole(out / "sheet.png", lambda path: canvas.save(path, "PNG"))
+    """sheet.png: the first n held-out scenes with a sampled caption of two captioners. Wrong
+    statements are red, missing facts grey."""
+    rows = sorted(toy_rows(truth), key=lambda row: row["image"])[:n]
+    captions = {label: {row["image"]: world.statements(row["caption"])
+                        for row in read_captions(out, label, "sampled")}
+                for label in (before, after)}
+    height = PICTURE + 2 * MARGIN
+    width = PICTURE + TEXT_WIDTH + 3 * MARGIN
+    canvas = Image.new("RGB", (width, n * height), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(15)
+    for k, row in enumerate(rows):
+        y = k * height + MARGIN
+        picture = open_image(images / row["image"]).resize((PICTURE, PICTURE), Image.NEAREST)
+        canvas.paste(picture, (MARGIN, y))
+        for label in (before, after):
+            stated = captions[label].get(row["image"], [])
+            for line, color in caption_lines(label, stated, row):
+                pen.text((PICTURE + 3 * MARGIN, y), line, fill=color, font=font)
+                y += LINE
+            y += LINE // 2
+    with data.whole(out / "sheet.png") as temporary:
+        canvas.save(temporary, "PNG")
+
+
+def caption_lines(label, stated, row):
+    """A caption's statements against a truth row, as lines and their colours."""
+    facts = [fact["text"] for fact in row["facts"]]
+    true = [text for text in stated if text in facts or text in row["also_true"]]
+    wrong = [f"wrong: {text}" for text in stated if text not in true]
+    missing = [text for text in facts if text not in stated]
+    parts = [(f"{label}:", "#888888"), (", ".join(true), "black"), (", ".join(wrong), "#c02020")]
+    if missing:
+        parts.append((f"missing: {', '.join(missing)}", "#999999"))
+    return [(line, color) for text, color in parts for line in textwrap.wrap(text, WRAP)]
 
 
 # ---------------------------------------------------------------- main
 def pretrain(args):
-    """Train the toy base, or go on with it."""
+    """Train the toy base, or resume its training."""
     check_same(args.out, args, "steps", "batch", "questions", "lr", "adam_lr", "seed")
     base.pretrain(args)
 
 
 def scenes(args):
-    """Draw scenes, and write what is known of them beside."""
-    for kind, rows in world.draw_scenes(args.out, [f"scenes {args.seed} {i}" for i in range(args.n)]).items():
+    """Draw scenes, and write their truth, captions and questions to the same folder."""
+    rows_of = world.draw_scenes(args.out, [f"scenes {args.seed} {i}" for i in range(args.n)])
+    for kind, rows in rows_of.items():
         world.write_rows(args.out / f"{kind}.jsonl", rows, args.out)
 
 

@@ -1,12 +1,11 @@
-"""toy_claims.py and toy_experiments.py: rules and verdicts, what is kept of runs, and every experiment at a tiny size."""
+"""toy_world/claims.py, lab.py and experiments.py: rules and verdicts, the results that are kept, tuning, and every
+experiment at a tiny size."""
 
 import functools
 import itertools
 import json
 import math
-import runpy
 import statistics
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,17 +19,29 @@ import adapters
 import chunking
 import golden
 import toy
+from plumbing import data
 from plumbing.errors import InputError
 from toy_world import base as toy_base
 from toy_world import claims as toy_claims
 from toy_world import experiments as toy_experiments
+from toy_world import lab as toy_lab
 from toy_world import steps as toy_steps
 from toy_world import world
-from toy_world.claims import CLAIMS, beats, collapsed, collect, each, table, verdict
-from toy_world.experiments import ARMS, BETAS, HEATS, KEPT, LAYOUTS, Lab
+from toy_world.claims import (
+    CLAIMS,
+    Claim,
+    beats,
+    collapsed,
+    collect,
+    for_each_seed,
+    table,
+    verdict,
+)
+from toy_world.experiments import LAYOUTS, TEMPERATURES
+from toy_world.lab import ARMS, BETAS, METRICS, SFT_FIRST, Lab
 from toy_world.steps import CODE
 
-JUDGED = {f"{way} {key}" for way in ("greedy", "sampled") for key in KEPT}
+JUDGED = {f"{way} {key}" for way in ("greedy", "sampled") for key in METRICS}
 
 
 # ---------------------------------------------------------------- verdicts and rules
@@ -40,7 +51,9 @@ JUDGED = {f"{way} {key}" for way in ("greedy", "sampled") for key in KEPT}
 )
 def test_a_claim_reproduces_where_its_rule_holds_for_every_seed(values, expected):
     assert (
-        verdict([{"arm": {"x": value}} for value in values], each(lambda f: f["arm"]["x"] > 2))
+        verdict(
+            [{"arm": {"x": value}} for value in values], for_each_seed(lambda f: f["arm"]["x"] > 2)
+        )
         == expected
     )
 
@@ -85,8 +98,8 @@ def judged(greedy_f1, sampled_f1=None, eos=1.0, repeat=0.0, **more):
     }
 
 
-# name: (figures that bear the claim out, changes (arm, key, value) each of which alone does not)
-BORNE_OUT = {
+# name: (figures that satisfy the rule, changes (arm, metric, value), each of which alone breaks it)
+FITTING = {
     "planted": (
         {
             "one low-resolution view": {"warm": 0.95, "cold": 0.02},
@@ -228,8 +241,8 @@ BORNE_OUT = {
 
 
 @pytest.mark.parametrize("name", [name for name in CLAIMS if name != "lottery"])
-def test_the_rule_of_a_claim_holds_for_what_bears_it_out_and_fails_for_what_does_not(name):
-    rule, (figures, changes) = CLAIMS[name][2], BORNE_OUT[name]
+def test_the_rule_of_a_claim_holds_for_fitting_figures_and_fails_for_others(name):
+    rule, (figures, changes) = CLAIMS[name].rule, FITTING[name]
     assert all(rule([figures]))
     for arm, key, value in changes:
         assert not all(rule([{**figures, arm: {**figures[arm], key: value}}])), (arm, key, value)
@@ -240,7 +253,7 @@ def test_the_rule_of_a_claim_holds_for_what_bears_it_out_and_fails_for_what_does
 )
 def test_a_lottery_is_what_collapses_with_some_seeds(f1s, expected):
     seeds = [{"SFT": judged(0.7), "dpo alone": judged(f1)} for f1 in f1s]
-    assert CLAIMS["lottery"][2](seeds) == [expected]
+    assert CLAIMS["lottery"].rule(seeds) == [expected]
 
 
 @pytest.mark.parametrize(
@@ -252,12 +265,12 @@ def test_a_lottery_is_what_collapses_with_some_seeds(f1s, expected):
         ((0.6, 0.5), "does not reproduce"),
     ],
 )
-def test_what_repeats_collapses_with_no_seed_and_gives_the_same_f1(f1s, expected):
+def test_a_repeatable_loss_collapses_with_no_seed_and_gives_the_same_f1(f1s, expected):
     seeds = [{"SFT": judged(0.7), "DPO + CE": judged(f1)} for f1 in f1s]
-    assert verdict(seeds, CLAIMS["repeatable"][2]) == expected
+    assert verdict(seeds, CLAIMS["repeatable"].rule) == expected
 
 
-# ---------------------------------------------------------------- what came out
+# ---------------------------------------------------------------- results
 @pytest.fixture
 def args(tmp_path):
     return SimpleNamespace(
@@ -266,20 +279,20 @@ def args(tmp_path):
 
 
 def claim(measure=None, seeds=(0, 1), text="x is more than 2"):
-    return text, measure, each(lambda f: f["arm"]["x"] > 2), seeds
+    return Claim(text, measure, for_each_seed(lambda f: f["arm"]["x"] > 2), seeds)
 
 
 def put(args, name, seed, x):
-    toy_claims.write_json(args.out / f"seed-{seed}/figures/{name}.json", {"arm": {"x": x}})
+    data.write_json(args.out / f"seed-{seed}/figures/{name}.json", {"arm": {"x": x}})
 
 
-def test_results_of_files_and_of_what_is_kept_are_gathered(args, monkeypatch):
+def test_results_of_runs_and_of_the_results_file_are_collected(args, monkeypatch):
     monkeypatch.setattr(
         toy_claims,
         "CLAIMS",
         {name: claim() for name in ("here", "kept", "both", "half", "nowhere")},
     )
-    toy_claims.write_json(
+    data.write_json(
         args.results,
         {
             "kept": {
@@ -299,12 +312,12 @@ def test_results_of_files_and_of_what_is_kept_are_gathered(args, monkeypatch):
         ("both", 1, 2),
         ("half", 1, 7),
     ):
-        put(args, name, seed, x)  # seed 2 is none of the claim's
-    found = collect(args)
-    assert list(found) == ["here", "kept", "both", "half"]
+        put(args, name, seed, x)  # the claims have no seed 2
+    results = collect(args)
+    assert list(results) == ["here", "kept", "both", "half"]
     x = {
         name: {seed: figures["arm"]["x"] for seed, figures in entry["seeds"].items()}
-        for name, entry in found.items()
+        for name, entry in results.items()
     }
     assert x == {
         "here": {"0": 5, "1": 6},
@@ -312,13 +325,13 @@ def test_results_of_files_and_of_what_is_kept_are_gathered(args, monkeypatch):
         "both": {"0": 1, "1": 2},
         "half": {"1": 7},
     }
-    assert {name: entry["verdict"] for name, entry in found.items()} == {
+    assert {name: entry["verdict"] for name, entry in results.items()} == {
         "here": "reproduces",
         "kept": "unclear",
         "both": "does not reproduce",
         "half": "not all seeds are done",
     }
-    assert found["kept"]["claim"] == "x is more than 2"
+    assert results["kept"]["claim"] == "x is more than 2"
 
 
 def test_the_table_has_mean_and_deviation_of_every_arm_and_metric():
@@ -353,7 +366,7 @@ def test_the_table_has_mean_and_deviation_of_every_arm_and_metric():
     assert statistics.stdev([0.9, 0.8]) == pytest.approx(0.0707, abs=1e-4)
 
 
-def test_a_claim_that_is_none_is_one_line(tmp_path, capsys):
+def test_an_unknown_claim_is_refused_in_one_line(tmp_path, capsys):
     assert (
         toy.main(
             [
@@ -383,13 +396,13 @@ def run_claims(args, *more):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Two claims with quick experiments; (claim, seed) of each that began. fail names one that is to fail."""
+    """Two claims with quick experiments; begun: (claim, seed) of each that began; fail: those that shall fail."""
     begun, fail = [], set()
 
     def measure(name, lab):
         begun.append((name, lab.seed))
         if (name, lab.seed) in fail:
-            raise InputError("sft.py ended with 1")
+            raise InputError("sft.py exited with 1")
         return {"arm": {"x": 3 - lab.seed}}
 
     monkeypatch.setattr(
@@ -417,20 +430,20 @@ def test_a_failure_loses_no_seed_that_is_done(args, measured, capsys):
     assert run_claims(args) == 1
     assert (
         capsys.readouterr().err.splitlines()[-1]
-        == "toy.py: 1 of the runs failed, the first: two, seed 0: sft.py ended with 1"
+        == "toy.py: 1 of the runs failed, the first: two, seed 0: sft.py exited with 1"
     )
     assert measured.begun == [("one", 0), ("one", 1), ("two", 0), ("two", 1)]
-    found = json.loads(args.results.read_text())
-    assert set(found["one"]["seeds"]) == {"0", "1"} and set(found["two"]["seeds"]) == {"1"}
+    results = json.loads(args.results.read_text())
+    assert set(results["one"]["seeds"]) == {"0", "1"} and set(results["two"]["seeds"]) == {"1"}
     measured.fail.clear()
     assert run_claims(args) == 0 and measured.begun[4:] == [("two", 0)]
 
 
-def test_results_that_are_no_json_are_one_line(args, measured, capsys):
+def test_results_that_are_not_json_are_one_line(args, measured, capsys):
     args.results.parent.mkdir()
     args.results.write_text("{")
     assert run_claims(args) == 1 and not measured.begun
-    assert capsys.readouterr().err.startswith(f"toy.py: {args.results}: is no JSON")
+    assert capsys.readouterr().err.startswith(f"toy.py: {args.results}: is not valid JSON")
 
 
 def test_results_are_written_after_each_seed(args, measured):
@@ -442,8 +455,8 @@ def test_results_are_written_after_each_seed(args, measured):
     }
 
 
-def test_what_the_results_file_holds_is_not_measured_again(args, measured):
-    toy_claims.write_json(
+def test_seeds_in_the_results_file_are_not_measured_again(args, measured):
+    data.write_json(
         args.results, {"one": {"claim": "", "verdict": "", "seeds": {"1": {"arm": {"x": 7}}}}}
     )
     assert run_claims(args) == 0
@@ -455,7 +468,7 @@ def test_what_the_results_file_holds_is_not_measured_again(args, measured):
     )
 
 
-def test_only_measures_one_claim_and_table_none(args, measured, capsys):
+def test_only_measures_one_claim_and_table_measures_nothing(args, measured, capsys):
     assert run_claims(args, "--only", "two") == 0 and measured.begun == [("two", 0), ("two", 1)]
     capsys.readouterr()
     before = args.results.read_bytes()
@@ -487,17 +500,17 @@ def test_the_best_learning_rate_and_beta_are_chosen_on_the_tuning_seed(tmp_path,
         trained[name] = flags
         seeds.add(lab.seed)
 
-    monkeypatch.setattr(toy_experiments, "LRS", ("5e-4", "1e-3", "2e-3"))
+    monkeypatch.setattr(toy_lab, "LRS", ("5e-4", "1e-3", "2e-3"))
     monkeypatch.setattr(Lab, "sft_model", lambda lab: "sft")
     monkeypatch.setattr(Lab, "golden_of", lambda lab, captioner, name: ("golden", {}))
     monkeypatch.setattr(Lab, "trained", train)
     monkeypatch.setattr(Lab, "judged", lambda lab, name: judged(*scores[name]))
-    assert toy_experiments.best_lr(tmp_path, "CE only") == "2e-3"
-    assert toy_experiments.best_lr(tmp_path, "DPO only") == "5e-4"
+    assert toy_lab.best_lr(tmp_path, "CE only") == "2e-3"
+    assert toy_lab.best_lr(tmp_path, "DPO only") == "5e-4"
     scores.update(
         {f"ipo-at-5-lr{lr}": (f1, 0) for lr, f1 in (("5e-4", 0.1), ("1e-3", 0.3), ("2e-3", 0.2))}
     )
-    assert toy_experiments.best_beta(tmp_path, "ipo") == (
+    assert toy_lab.alone("ipo", *toy_lab.best_alone(tmp_path, "ipo")) == (
         "--loss",
         "ipo",
         "--beta",
@@ -507,8 +520,8 @@ def test_the_best_learning_rate_and_beta_are_chosen_on_the_tuning_seed(tmp_path,
         "--lr",
         "1e-3",
     )
-    assert seeds == {toy_experiments.TUNE} and not seeds & {
-        seed for *_, of in CLAIMS.values() for seed in of
+    assert seeds == {toy_lab.TUNE} and not seeds & {
+        seed for claim in CLAIMS.values() for seed in claim.seeds
     }
     assert trained["ce-only-lr1e-3"] == ("--loss", "none", "--lr", "1e-3")
     assert trained["ipo-beta2"] == ("--loss", "ipo", "--beta", "2", "--ce", 0, "--lr", "5e-4")
@@ -517,33 +530,33 @@ def test_the_best_learning_rate_and_beta_are_chosen_on_the_tuning_seed(tmp_path,
 @pytest.mark.parametrize(
     "best, tried", [(5, {4, 5, 6}), (4, {3, 4, 5, 6}), (10, {*range(4, 11)}), (0, {*range(7)})]
 )
-def test_a_learning_rate_is_looked_for_until_its_neighbours_are_worse(best, tried):
-    asked, rates = [], toy_experiments.LRS
+def test_a_learning_rate_is_searched_for_until_its_neighbours_are_worse(best, tried):
+    asked, rates = [], toy_lab.LRS
 
     def f1(rate):
         asked.append(rates.index(rate))
         return -abs(rates.index(rate) - best)
 
-    assert toy_experiments.climb(rates, f1) == rates[best]
+    assert toy_lab.climb(rates, f1) == rates[best]
     assert len(asked) == len(tried) and set(asked) == tried
 
 
-def test_captions_that_say_nothing_have_an_f1_of_0_and_count_as_collapsed(tmp_path, monkeypatch):
-    """A preference loss alone may drive a captioner to silence; precision and F1 of nothing are no number."""
-    silent = {**dict.fromkeys(KEPT, None), "recall": 0.0, "eos": 1.0, "repeat": 0.0}
+def test_captions_without_statements_have_an_f1_of_0_and_count_as_collapsed(tmp_path, monkeypatch):
+    """A preference loss alone may drive a captioner to silence, whose precision and F1 are not numbers."""
+    silent = {**dict.fromkeys(METRICS, None), "recall": 0.0, "eos": 1.0, "repeat": 0.0}
     lab = Lab(tmp_path, 0)
     monkeypatch.setattr(lab, "split", lambda *_: ("images", "truth"))
     monkeypatch.setattr(
         lab, "judge", lambda *_, **how: {"greedy": silent, "sampled": {**silent, "f1": 0.5}}
     )
-    found = lab.judged("x")
-    assert set(found) == JUDGED and found["greedy precision"] is None
-    assert toy_experiments.both_f1(found) == 0.5 and collapsed(found, judged(0.3))
+    figures = lab.judged("x")
+    assert set(figures) == JUDGED and figures["greedy precision"] is None
+    assert toy_lab.both_f1(figures) == 0.5 and collapsed(figures, judged(0.3))
 
 
 def test_the_arms_have_folders_of_their_own():
     names = (
-        [toy_experiments.slug(arm) for arm in ARMS]
+        [toy_lab.slug(arm) for arm in ARMS]
         + [f"{loss}-alone" for loss in BETAS]
         + ["sft", "golden"]
     )
@@ -553,39 +566,11 @@ def test_the_arms_have_folders_of_their_own():
 
 
 # ---------------------------------------------------------------- the experiments, at a tiny size
-class Bench(Here):
-    """Runs also copies of scripts, with modules of their own as in a process."""
-
-    def start(self, script, argv):
-        if script.parent == CODE:
-            return super().start(script, argv)
-        kept = {
-            name: module
-            for name, module in sys.modules.items()
-            if Path(getattr(module, "__file__", None) or "/").parent == CODE
-        }
-        path = sys.path[:]
-        for name in kept:
-            del sys.modules[name]
-        try:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "argv", [str(script), *argv])
-                return stages.run(
-                    SimpleNamespace(main=lambda _: runpy.run_path(str(script), run_name="__main__"))
-                )
-        finally:
-            for name, module in list(sys.modules.items()):
-                if Path(getattr(module, "__file__", None) or "/").parent == CODE:
-                    del sys.modules[name]
-            sys.modules.update(kept)
-            sys.path[:] = path
-
-
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    """Lab(out, seed) of a few scenes, a step of training a stage, and one learning rate and β -> out, what was run."""
+    """Lab(out, seed) of a few scenes, a step of training a stage, and one learning rate and β -> out, and the commands."""
     split, own_tasks, measured = Lab.split, toy_base.own_tasks, toy_base.measure
-    with pytest.MonkeyPatch.context() as patch, running(Bench()) as here:
+    with pytest.MonkeyPatch.context() as patch, running(Here()) as here:
         for name, flags in {
             **FEW,
             "SFT": ("--max-steps", "1", "--lr", "2e-3"),
@@ -593,15 +578,16 @@ def bench(tmp_path_factory):
             "DPO": ("--max-steps", "1", "--lr", "2e-3"),
         }.items():
             patch.setattr(toy_steps, name, flags)
-        for name, value in (
-            ("CAPTIONS", 6),
-            ("IMAGES", 6),
-            ("HELD_OUT", 40),
-            ("SAMPLES", 3),
-            ("LRS", ("1e-3",)),
-            ("BETAS", {loss: betas[:1] for loss, betas in BETAS.items()}),
+        for module, name, value in (
+            (toy_lab, "CAPTIONS", 6),
+            (toy_lab, "IMAGES", 6),
+            (toy_lab, "HELD_OUT", 40),
+            (toy_lab, "SAMPLES", 3),
+            (toy_lab, "LRS", ("1e-3",)),
+            (toy_lab, "BETAS", {loss: betas[:1] for loss, betas in BETAS.items()}),
+            (toy_experiments, "ASKED", 40),
         ):
-            patch.setattr(toy_experiments, name, value)
+            patch.setattr(module, name, value)
         patch.setattr(
             Lab, "split", lambda lab, name, n, *wants: split(lab, name, min(n, 6), *wants)
         )
@@ -618,17 +604,17 @@ def arguments_of(folder):
 def three(*names):
     return {
         f"{name}, {kind}"
-        for name in ("SFT", *(f"{what} {k}" for what in ("golden", "round") for k in (1, 2, 3)))
+        for name in ("SFT", *(f"{stage} {k}" for stage in ("golden", "round") for k in (1, 2, 3)))
         for kind in names
     }
 
 
-COMPLETE = set(KEPT)
+COMPLETE = set(METRICS)
 EXPECTED = {  # name: (its arms, keys that all of them have)
     "planted": ({"one low-resolution view", "six views", "true rate"}, {"warm", "cold"}),
     "layouts": (set(LAYOUTS), JUDGED),
     "generations": (
-        {f"N = {n}, {what}" for n in (1, 2, 4, 8, 16) for what in ("union", "gated")}
+        {f"N = {n}, {kind}" for n in (1, 2, 4, 8, 16) for kind in ("union", "gated")}
         | {f"gate at {t}" for t in (0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99)},
         {"precision", "recall"},
     ),
@@ -637,12 +623,12 @@ EXPECTED = {  # name: (its arms, keys that all of them have)
     "training": ({"SFT", "golden", *ARMS}, {"sampled f1", "sampled precision"}),
     **dict.fromkeys(
         ("lottery", "other losses", "repeatable"),
-        ({"SFT", *(f"{loss} alone" for loss in BETAS), "DPO + CE", "SFT first, then DPO"}, JUDGED),
+        ({"SFT", *(f"{loss} alone" for loss in BETAS), "DPO + CE", SFT_FIRST}, JUDGED),
     ),
     "rounds": (three("resolved", "not"), {"sampled f1"}),
     "context": (three("short", "long"), {"sampled f1"}),
     "temperature": (
-        {f"temperature {heat}" for heat in HEATS},
+        {f"temperature {heat}" for heat in TEMPERATURES},
         {"false share", "planted", "P(yes) of false", "P(yes) of planted"},
     ),
     "order": (
@@ -663,11 +649,11 @@ EXPECTED = {  # name: (its arms, keys that all of them have)
 
 @pytest.fixture
 def measure(bench):
-    """measure(name) -> the figures of an experiment, checked; and the commands that were not there yet."""
+    """measure(name) -> the checked figures of an experiment, and the commands that it ran."""
 
     def run(name):
         n = len(bench.here.commands)
-        figures = json.loads(json.dumps(CLAIMS[name][1](Lab(bench.out, 0))))
+        figures = json.loads(json.dumps(CLAIMS[name].measure(Lab(bench.out, 0))))
         arms, keys = EXPECTED[name]
         assert set(figures) == arms and all(keys <= set(arm) for arm in figures.values())
         assert all(
@@ -675,10 +661,11 @@ def measure(bench):
             for arm in figures.values()
             for value in arm.values()
         )
-        assert CLAIMS[name][2]([figures]) and set(CLAIMS[name][2]([figures])) <= {True, False}
+        conditions = CLAIMS[name].rule([figures])
+        assert conditions and set(conditions) <= {True, False}
         entry = {
             "claim": "",
-            "verdict": verdict([figures], CLAIMS[name][2]),
+            "verdict": verdict([figures], CLAIMS[name].rule),
             "seeds": {"0": figures},
         }
         assert len("\n".join(table({name: entry})).splitlines()) == 5 + len(arms)
@@ -688,46 +675,58 @@ def measure(bench):
 
 
 @pytest.mark.parametrize("name", CLAIMS)
-def test_an_experiment_gives_what_its_rule_asks_for_and_is_not_run_twice(measure, name):
+def test_an_experiment_gives_the_figures_of_its_rule_and_is_not_run_twice(measure, name):
     figures, _ = measure(name)
     assert measure(name) == (figures, [])
 
 
-# ---------------------------------------------------------------- what the arms of an experiment are
+# ---------------------------------------------------------------- the arms of the experiments
 @pytest.fixture
 def lab(bench):
     return Lab(bench.out, 0)
 
 
-def test_every_arm_of_training_has_the_flags_that_it_is_called_by(measure, lab):
+def test_every_arm_of_training_has_the_flags_of_its_name(measure, lab):
     figures, _ = measure("training")
     expected = {
-        "CE only": ("none", 1, False),
-        "DPO only": ("dpo", 0, False),
-        "DPO + CE/2": ("dpo", 0.5, False),
-        "DPO + CE": ("dpo", 1, False),
-        "DPO + 2 CE": ("dpo", 2, False),
-        "SFT first, then DPO": ("dpo", 0, True),
+        "CE only": ("none", 1, "sft"),
+        "DPO only": ("dpo", 0, "sft"),
+        "DPO + CE/2": ("dpo", 0.5, "sft"),
+        "DPO + CE": ("dpo", 1, "sft"),
+        "DPO + 2 CE": ("dpo", 2, "sft"),
+        "SFT first, then DPO": ("dpo", 0, "sft-first-then-dpo-sft"),
     }
     assert set(expected) == set(ARMS)
-    for arm, flags in expected.items():
-        found = arguments_of(lab.out / toy_experiments.slug(arm))
-        assert (found["loss"], found["ce"], found["sft_first"]) == flags and found["lr"] == figures[
-            arm
-        ]["lr"] == 1e-3
-        assert found["init"] == str(lab.out / "sft") and found["data"] == str(
-            lab.out / "golden/golden.jsonl"
-        )
+    golden = str(lab.out / "golden/golden.jsonl")
+    for arm, (loss, ce, start) in expected.items():
+        arguments = arguments_of(lab.out / toy_lab.slug(arm))
+        assert (arguments["loss"], arguments["ce"]) == (loss, ce)
+        assert arguments["lr"] == figures[arm]["lr"] == 1e-3
+        assert arguments["init"] == str(lab.out / start) and arguments["data"] == golden
+
+
+def test_sft_first_is_sft_on_the_golden_captions_with_the_prompt_frozen(measure, lab):
+    measure("training")
+    start, end = lab.out / "sft", lab.out / "sft-first-then-dpo-sft"
+    arguments, dpo = arguments_of(end), arguments_of(lab.out / "sft-first-then-dpo")
+    assert arguments["init"] == str(start) and arguments["soft_prompt"] is False
+    assert arguments["data"] == dpo["data"] == str(lab.out / "golden/golden.jsonl")
+    for name in ("lr", "batch", "micro_batch", "seed", "max_steps"):
+        assert arguments[name] == dpo[name], name
+    before, after = (load_file(folder / "adapters.safetensors") for folder in (start, end))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    prompts = {name for name in before if "soft_prompt" in name}
+    assert before.keys() == after.keys() and changed and prompts and not prompts & changed
 
 
 def test_every_loss_of_the_lottery_is_alone(measure, lab):
     figures, _ = measure("lottery")
-    for loss, (beta,) in toy_experiments.BETAS.items():
-        found = arguments_of(lab.out / f"{loss}-alone")
-        assert (found["loss"], found["ce"], found["beta"]) == (loss, 0, float(beta))
+    for loss, (beta,) in toy_lab.BETAS.items():
+        arguments = arguments_of(lab.out / f"{loss}-alone")
+        assert (arguments["loss"], arguments["ce"], arguments["beta"]) == (loss, 0, float(beta))
         assert (
             figures[f"{loss} alone"]["beta"] == float(beta)
-            and figures[f"{loss} alone"]["lr"] == found["lr"] == 1e-3
+            and figures[f"{loss} alone"]["lr"] == arguments["lr"] == 1e-3
         )
 
 
@@ -738,13 +737,10 @@ def test_tuning_is_done_on_a_seed_of_its_own_and_once(measure, bench):
         for script, argv in bench.here.commands
         if script == "dpo.py"
     ]
-    tuned = {out.name for out in outs if out.parent.name == f"seed-{toy_experiments.TUNE}"}
-    assert tuned >= {f"{toy_experiments.slug(arm)}-lr1e-3" for arm in ARMS} and len(
-        set(outs)
-    ) == len(outs)
+    tuned = {out.name for out in outs if out.parent.name == f"seed-{toy_lab.TUNE}"}
+    assert tuned >= {f"{toy_lab.slug(arm)}-lr1e-3" for arm in ARMS} and len(set(outs)) == len(outs)
     scenes = [
-        (bench.out / f"seed-{seed}/truth/held-out.jsonl").read_text()
-        for seed in (0, toy_experiments.TUNE)
+        (bench.out / f"seed-{seed}/truth/held-out.jsonl").read_text() for seed in (0, toy_lab.TUNE)
     ]
     assert scenes[0] != scenes[1]
 
@@ -762,14 +758,14 @@ def test_a_union_of_more_samples_misses_less(measure, lab):
 
 
 def test_the_gate_s_curve_is_counted_over_the_statements_of_the_largest_union(bench, monkeypatch):
-    """Of each image a fact and what else is true, at P(yes) .95 and .2, an invention at .6; one image failed."""
+    """Of each image a fact and another true statement, at P(yes) .95 and .2, an invention at .6; one image failed."""
     lab = Lab(bench.out, 6)
     lab.split("few", 6)
     truth, asked = (
-        [row for row in toy_experiments.toy_rows(lab.out / "truth/few.jsonl") if row["also_true"]],
+        [row for row in toy_steps.toy_rows(lab.out / "truth/few.jsonl") if row["also_true"]],
         [],
     )
-    told = [
+    records = [
         {
             "image": row["image"],
             "statements": [
@@ -788,20 +784,20 @@ def test_the_gate_s_curve_is_counted_over_the_statements_of_the_largest_union(be
         folder = lab.out / name
         folder.mkdir()
         broken = {"image": truth[0]["image"], "error": "broken"}
-        stages.write_rows(folder / "record.jsonl", [*told, broken] if "16" in name else [])
+        stages.write_rows(folder / "record.jsonl", [*records, broken] if "16" in name else [])
         asked.append(dict(zip(flags[::2], flags[1::2]))["--samples"])
         return folder, {
-            "combined": dict.fromkeys(KEPT, len(asked)),
-            "golden": dict.fromkeys(KEPT, 0.5),
+            "combined": dict.fromkeys(METRICS, len(asked)),
+            "golden": dict.fromkeys(METRICS, 0.5),
         }
 
     monkeypatch.setattr(lab, "sft_model", lambda: None)
     monkeypatch.setattr(lab, "golden_of", golden_of)
-    found = toy_experiments.generations(lab)
+    figures = toy_experiments.generations(lab)
     assert (
         asked == [1, 2, 4, 8, 16]
-        and found["N = 8, union"]["recall"] == 4
-        and found["N = 8, gated"]["recall"] == 0.5
+        and figures["N = 8, union"]["recall"] == 4
+        and figures["N = 8, gated"]["recall"] == 0.5
     )
     expected = {
         0.01: (2 / 3, 1),
@@ -812,7 +808,7 @@ def test_the_gate_s_curve_is_counted_over_the_statements_of_the_largest_union(be
         0.9: (1, 0.5),
         0.99: (0, 0),
     }
-    assert {t: tuple(found[f"gate at {t}"].values()) for t in expected} == {
+    assert {t: tuple(figures[f"gate at {t}"].values()) for t in expected} == {
         t: pytest.approx(pair) for t, pair in expected.items()
     }
 
@@ -830,17 +826,17 @@ def test_every_gate_judges_the_same_samples_by_its_own_rule(measure, lab):
         name: [{s["text"] for s in row["statements"] if s["kept"]} for row in some]
         for name, some in zip(toy_experiments.GATES, rows)
     }
-    said = [row["statements"] for row in rows[0]]
+    stated = [row["statements"] for row in rows[0]]
     threshold = adapters.read_card(lab.out / "qa-of-sft")["threshold"]
-    assert kept["no gate"] == [{s["text"] for s in of} for of in said]
-    assert kept["vote of 2"] == [{s["text"] for s in of if s["votes"] >= 2} for of in said]
+    assert kept["no gate"] == [{s["text"] for s in of} for of in stated]
+    assert kept["vote of 2"] == [{s["text"] for s in of if s["votes"] >= 2} for of in stated]
     assert (
         kept["vote of 3"]
-        == [{s["text"] for s in of if s["votes"] >= 3} for of in said]
+        == [{s["text"] for s in of if s["votes"] >= 3} for of in stated]
         != kept["vote of 2"]
     )
     assert kept["gate alone, contradictions kept"] == [
-        {s["text"] for s in of if s["p_yes"] >= threshold} for of in said
+        {s["text"] for s in of if s["p_yes"] >= threshold} for of in stated
     ]
     for one, other in (
         ("gate, calibrated", "gate alone, contradictions kept"),
@@ -855,7 +851,7 @@ def test_every_gate_judges_the_same_samples_by_its_own_rule(measure, lab):
 
 def test_at_temperature_0_there_is_one_sample(measure, lab):
     measure("temperature")
-    for heat in HEATS:
+    for heat in TEMPERATURES:
         settings = json.loads((lab.out / f"golden-heat-{heat}/settings.json").read_text())["sample"]
         assert (settings["temperature"], settings["n"]) == (heat, 1 if heat == 0 else 4)
 
@@ -863,9 +859,9 @@ def test_at_temperature_0_there_is_one_sample(measure, lab):
 def test_the_gate_is_asked_about_false_statements_and_about_planted_ones_apart(bench, monkeypatch):
     lab = Lab(bench.out, 5)
     lab.split("few", 6)
-    truth = toy_experiments.toy_rows(lab.out / "truth/few.jsonl")
+    truth = toy_steps.toy_rows(lab.out / "truth/few.jsonl")
     lure = next(row for row in truth if row["planted"])
-    told = [
+    records = [
         {
             "image": row["image"],
             "statements": [
@@ -876,9 +872,10 @@ def test_the_gate_is_asked_about_false_statements_and_about_planted_ones_apart(b
         }
         for row in truth
     ]
-    told[truth.index(lure)]["statements"].append({"text": lure["planted"][0]["text"], "p_yes": 0.6})
-    stages.write_rows(lab.out / "record.jsonl", told)
-    monkeypatch.setattr(toy_experiments, "HEATS", (1,))
+    planted = {"text": lure["planted"][0]["text"], "p_yes": 0.6}
+    records[truth.index(lure)]["statements"].append(planted)
+    stages.write_rows(lab.out / "record.jsonl", records)
+    monkeypatch.setattr(toy_experiments, "TEMPERATURES", (1,))
     monkeypatch.setattr(lab, "sft_model", lambda: None)
     monkeypatch.setattr(
         lab,
@@ -917,7 +914,7 @@ def test_direct_questions_are_counted_over_true_ones_and_near_misses(measure, be
         "center": (0.5, 10),
         "other": (0.0, 7),
     }
-    monkeypatch.setattr(toy_experiments, "HELD_OUT", 1)
+    monkeypatch.setattr(toy_experiments, "ASKED", 1)
     monkeypatch.setattr(toy_base, "question_report", lambda *_: asked)
     monkeypatch.setattr(
         lab,
@@ -933,8 +930,8 @@ def test_direct_questions_are_counted_over_true_ones_and_near_misses(measure, be
             },
         ),
     )
-    found = {kind: tuple(figures.values()) for kind, figures in toy_experiments.direct(lab).items()}
-    assert found == {
+    shares = {kind: tuple(pair.values()) for kind, pair in toy_experiments.direct(lab).items()}
+    assert shares == {
         "object": pytest.approx(((9 + 10 + 0 + 5) / 40, (24 + 5) / 40)),
         "mark": pytest.approx((7 / 8, 0.7)),
         "background": pytest.approx((6 / 7, 0.6)),
@@ -942,7 +939,7 @@ def test_direct_questions_are_counted_over_true_ones_and_near_misses(measure, be
     }
 
 
-def test_ordered_captions_say_the_same_in_canonical_order(measure, lab):
+def test_ordered_captions_have_the_same_statements_in_canonical_order(measure, lab):
     measure("order")
     train, places = lab.out / "data/train", ["background", *world.PLACES, "center"]
     pairs = list(
@@ -963,8 +960,7 @@ def test_ordered_captions_say_the_same_in_canonical_order(measure, lab):
     assert any(row != ordered for row, ordered in pairs)
     assert arguments_of(lab.out / "sft-ordered")["data"] == str(train / "ordered.jsonl")
     own, golden = (
-        toy_experiments.toy_rows(lab.out / name)
-        for name in ("own/golden.jsonl", "golden/record.jsonl")
+        toy_steps.toy_rows(lab.out / name) for name in ("own/golden.jsonl", "golden/record.jsonl")
     )
     samples = {row["image"]: row["samples"][0]["caption"] for row in golden}
     assert len(own) == sum(bool(world.statements(caption)) for caption in samples.values())
@@ -974,8 +970,8 @@ def test_ordered_captions_say_the_same_in_canonical_order(measure, lab):
 
 
 def test_captions_are_put_in_order_whatever_they_say():
-    said = "top-left stripes, red ring, center blue ring, top-left red circle, top-left stripes, background gray"
-    assert toy_experiments.in_order(said) == (
+    caption = "top-left stripes, red ring, center blue ring, top-left red circle, top-left stripes, background gray"
+    assert toy_experiments.in_order(caption) == (
         "background gray, top-left red circle, top-left stripes, center blue ring, red ring"
     )
 
@@ -1009,40 +1005,47 @@ def test_each_of_three_rounds_starts_where_the_one_before_ended(measure, lab):
     for end, resolves in (("", True), ("--no-resolve", False)):
         captioners = ["sft", first[end], f"round-2{end}", f"round-3{end}"]
         for k, (start, name) in enumerate(itertools.pairwise(captioners), 1):
-            found, pool = (
+            arguments, pool = (
                 arguments_of(lab.out / name),
                 golden[end] if k == 1 else f"golden-round-{k}{end}",
             )
-            assert found["init"] == str(lab.out / start)
-            assert found["data"] == str(lab.out / pool / "golden.jsonl")
+            assert arguments["init"] == str(lab.out / start)
+            assert arguments["data"] == str(lab.out / pool / "golden.jsonl")
             settings = json.loads((lab.out / pool / "settings.json").read_text())["compose"]
             assert settings["resolve"] is resolves and settings["images"] == f"../data/images-{k}"
             assert settings["captioner"] == adapters.folder_hash(lab.out / start)
 
 
 def test_other_views_reach_the_model_and_only_there(bench, monkeypatch):
-    """How many views come to the vision tower in a forward, by layout: of 4 images in a step, 1 held out, 6 captioned."""
-    lab, counts, usual = Lab(bench.out, 4), [], chunking.BOXES
+    """Views in a forward of the vision tower, by layout: of 4 images in a step, 1 held out, 6 captioned."""
+    lab, counts = Lab(bench.out, 4), []
     sft_model = lab.sft_model
+
+    def counted_sft_model(*arguments):
+        counts.append(set())
+        return sft_model(*arguments)
 
     def count(module, inputs):
         if isinstance(module, torch.nn.Conv2d):
             counts[-1].add(len(inputs[0]))
 
-    monkeypatch.setattr(lab, "sft_model", lambda folder: (counts.append(set()), sft_model(folder)))
+    monkeypatch.setattr(lab, "sft_model", counted_sft_model)
     hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
     try:
-        found = toy_experiments.layouts(lab)
+        figures = toy_experiments.layouts(lab)
     finally:
         hook.remove()
-    assert list(found) == list(LAYOUTS) and lab.boxes is None and chunking.BOXES is usual
+    assert list(figures) == list(LAYOUTS)
     assert counts == [{4 * n, n, 6 * n} for n in (1, 5, 6, 6)]
     trained = [
-        load_file(lab.out / name / "adapters.safetensors") for name in ("sft", "sft-views-3")
+        load_file(lab.out / name / "adapters.safetensors") for name in ("sft", "sft-views-six-wide")
     ]  # six views both
     assert not all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
-    (launcher,) = (lab.out / "views-boxes-1-").glob("sft.py")
-    assert launcher.resolve() in [Path(words[1]).resolve() for words in bench.here.raw]
+    boxes = [adapters.views_of(lab.out / name) for name in ("sft-views-one", "sft-views-five")]
+    assert boxes == [chunking.LAYOUTS["one"], chunking.LAYOUTS["five"]]
+    assert adapters.views_of(lab.out / "sft") == chunking.BOXES
+    commands = [argv for script, argv in bench.here.commands if script != "sft.py"]
+    assert not any("--views" in argv for argv in commands)
 
 
 def test_full_tuning_lora_and_a_prompt_alone_are_judged_as_they_are(measure, lab):
@@ -1062,7 +1065,7 @@ def test_full_tuning_lora_and_a_prompt_alone_are_judged_as_they_are(measure, lab
     assert all(
         card["arguments"]["lr"] == figures[tune]["lr"] == 1e-3 for tune, card in cards.items()
     )
-    assert (lab.out.parent / f"seed-{toy_experiments.TUNE}/sft-lora-lr1e-3/adapters.json").is_file()
+    assert (lab.out.parent / f"seed-{toy_lab.TUNE}/sft-lora-lr1e-3/adapters.json").is_file()
     stored = load_file(lab.out / "sft-full/model.safetensors")
     base = load_file(CODE / "assets/toy/model.safetensors")
     assert stored.keys() == base.keys() and not all(
@@ -1070,7 +1073,7 @@ def test_full_tuning_lora_and_a_prompt_alone_are_judged_as_they_are(measure, lab
     )
 
 
-def test_to_switch_off_is_to_have_the_base_alone(measure, lab, monkeypatch):
+def test_adapters_that_are_switched_off_leave_the_base_alone(measure, lab, monkeypatch):
     measure("forgetting")
     seen = []
     monkeypatch.setattr(
@@ -1093,7 +1096,7 @@ def test_to_switch_off_is_to_have_the_base_alone(measure, lab, monkeypatch):
 
 
 def test_a_full_tuning_cut_short_while_it_is_written_is_done_again(measure, lab):
-    """config.json is written first, the weights last: only they say that the folder is whole."""
+    """config.json is written first and the weights last, so that the weights alone mark a whole folder."""
     figures, _ = measure("forgetting")
     (lab.out / "sft-full/model.safetensors").unlink()
     assert (lab.out / "sft-full/config.json").is_file()
@@ -1101,14 +1104,14 @@ def test_a_full_tuning_cut_short_while_it_is_written_is_done_again(measure, lab)
     assert again == figures and [script for script, _ in commands] == ["sft.py"]
 
 
-def test_without_a_soft_prompt_there_is_none(measure, lab):
+def test_no_soft_prompt_is_saved_without_one(measure, lab):
     measure("soft prompt")
     assert [
         adapters.read_card(lab.out / name)["soft_prompt"] for name in ("sft", "sft-no-prompt")
     ] == [True, False]
 
 
-def test_qa_adapters_of_the_vit_stay_on_for_captioning_where_there_are_any(measure, lab):
+def test_qa_adapters_of_the_vit_stay_on_for_captioning_if_there_are_any(measure, lab):
     figures, _ = measure("narrowing")
     assert [
         adapters.read_card(lab.out / f"qa-of-sft{more}")["where"] for more in ("", "--vision")
@@ -1120,7 +1123,7 @@ def test_qa_adapters_of_the_vit_stay_on_for_captioning_where_there_are_any(measu
     assert 0 < figures["LLM only"]["cosine distance"] < 2
 
 
-def test_what_the_base_invents_is_what_the_report_says(measure, capsys):
+def test_the_inventions_of_the_base_are_those_of_the_report(measure, capsys):
     figures, _ = measure("planted")
     assert figures["true rate"] == {"warm": 0.85, "cold": 0.15}
     capsys.readouterr()
@@ -1133,7 +1136,7 @@ def test_what_the_base_invents_is_what_the_report_says(measure, capsys):
         }
 
 
-def test_what_the_scripts_say_goes_to_a_log_per_seed(measure, lab, bench):
+def test_the_output_of_the_scripts_goes_to_a_log_per_seed(measure, lab, bench):
     measure("soft prompt")
     log = (bench.out / "seed-0.log").read_text()
     assert f"wrote {lab.out}/sft-no-prompt" in log and "parameters train" in log

@@ -1,4 +1,5 @@
-"""toy.py and toy_steps.py: the whole loop at a tiny size, stops and resumes, who may see the truth, table and sheet."""
+"""toy.py and toy_world/steps.py: the whole loop at a tiny size, interrupted and resumed; who may see the truth; table
+and sheet."""
 
 import contextlib
 import importlib
@@ -59,7 +60,7 @@ RUN_OF_A_ROUND = [
 SEEN = {
     "script": None,
     "files": set(),
-}  # which script runs, if any, and (script, file or folder it has opened)
+}  # the script that runs, if any, and (script, file or folder that it has opened)
 
 
 def see(event, args):
@@ -75,10 +76,10 @@ sys.addaudithook(see)  # for good: no hook can be taken away again
 
 
 class Here:
-    """In place of toy_steps.run_command: runs the scripts in this process.
+    """In place of steps.run_command: runs the scripts in this process.
 
-    commands: what was run, as (script, arguments), and `raw`, as it was handed over. before(script, arguments) may
-    return an exit code, or raise, in place of the script.
+    commands: all that was run, as (script, arguments); raw: the same as it was handed over. before(script, arguments)
+    may return an exit code, or raise, in place of the script.
     """
 
     def __init__(self, before=lambda script, argv: None):
@@ -121,7 +122,7 @@ def running(here):
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
-    """Two steps of training a stage; golden.py need not search for garbage in what the tests imported."""
+    """Two steps of training a stage; golden.py skips its garbage collection, which is slow after many imports."""
     with pytest.MonkeyPatch.context() as patch:
         for name, flags in FEW.items():
             patch.setattr(toy_steps, name, flags)
@@ -130,14 +131,14 @@ def small():
 
 
 def run_toy(out, *more, here=None):
-    """toy.py's loop -> exit code, what it and its scripts printed, what was run."""
-    here, said, errors = here or Here(), io.StringIO(), io.StringIO()
+    """toy.py's loop -> exit code, output of it and its scripts, commands."""
+    here, printed, errors = here or Here(), io.StringIO(), io.StringIO()
     sizes = [part for pair in SIZES.items() for part in pair]
-    with running(here), contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
+    with running(here), contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors):
         code = toy.main([str(part) for part in ("--out", out, *sizes, *more)])
     return SimpleNamespace(
         code=code,
-        said=said.getvalue(),
+        printed=printed.getvalue(),
         errors=errors.getvalue(),
         here=here,
         out=out,
@@ -163,42 +164,42 @@ def copied(whole, tmp_path):
 def drop(out, *patterns):
     """Delete files and folders of a run."""
     for pattern in patterns:
-        found = list(out.glob(pattern))
-        assert found, pattern
-        for path in found:
+        paths = list(out.glob(pattern))
+        assert paths, pattern
+        for path in paths:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def told(said, mark):
-    """The commands that a loop printed after "$ " or "done: ", as a shell takes them apart."""
+def commands_in(printed, mark):
+    """The commands that a loop printed after "$ " or "done: ", split as a shell would."""
     return [
         shlex.split(line)
-        for line in re.findall(rf"^\[[ \d]+:\d\d\] {re.escape(mark)} (.*)$", said, re.MULTILINE)
+        for line in re.findall(rf"^\[[ \d]+:\d\d\] {re.escape(mark)} (.*)$", printed, re.MULTILINE)
     ]
 
 
 def figures_of(out):
     """results.json, without the file names in it."""
-    found = json.loads((out / "results.json").read_text())
+    results = json.loads((out / "results.json").read_text())
     return {
         name: {
             way: {key: figures[key] for key in (*KEYS, "statements")}
             for way, figures in ways.items()
             if way != "gate"
         }
-        for name, ways in found.items()
+        for name, ways in results.items()
     }
 
 
 # ---------------------------------------------------------------- the whole loop
 def test_the_loop_leaves_the_figures_of_every_captioner_and_golden_file(whole):
     assert whole.code == 0
-    found = json.loads((whole.out / "results.json").read_text())
-    assert list(found) == ["base", "sft", "golden1", "round1", "golden2", "round2"]
+    results = json.loads((whole.out / "results.json").read_text())
+    assert list(results) == ["base", "sft", "golden1", "round1", "golden2", "round2"]
     for name in ("base", "sft", "round1", "round2"):
         file = name.replace("round", "round-")
-        assert list(found[name]) == ["greedy", "sampled"]
-        for way, figures in found[name].items():
+        assert list(results[name]) == ["greedy", "sampled"]
+        for way, figures in results[name].items():
             expected = scoring.score(
                 toy.read_captions(whole.out, file, way),
                 toy.toy_rows(whole.out / "truth/held-out.jsonl"),
@@ -208,7 +209,7 @@ def test_the_loop_leaves_the_figures_of_every_captioner_and_golden_file(whole):
                 {key: expected[key] for key in KEYS}, nan_ok=True
             )
     for k in (1, 2):
-        of_golden = found[f"golden{k}"]
+        of_golden = results[f"golden{k}"]
         assert (
             list(of_golden) == ["sampled", "single", "union", "gate"]
             and set(KEYS) <= of_golden["sampled"].keys()
@@ -219,7 +220,7 @@ def test_the_loop_leaves_the_figures_of_every_captioner_and_golden_file(whole):
 
 
 def test_the_stages_follow_one_another(whole):
-    """Every script runs in its turn, each on what the one before left."""
+    """Every script runs in its turn, each on the output of the one before."""
     assert whole.scripts == [
         *("caption.py", "evaluate.py") * 2,
         "sft.py",
@@ -267,7 +268,7 @@ def test_the_seed_reaches_the_scenes_and_every_stage_that_trains_or_samples(whol
 
 
 def test_the_printed_table_has_a_row_for_every_captioner_and_its_figures(whole):
-    lines = whole.said[whole.said.index("] judged\n") :].splitlines()
+    lines = whole.printed[whole.printed.index("] judged\n") :].splitlines()
     rows = {
         tuple(line.split()[:2]): line.split()[2:]
         for line in lines
@@ -280,16 +281,19 @@ def test_the_printed_table_has_a_row_for_every_captioner_and_its_figures(whole):
         for name in ("base", "sft", "golden1", "round1", "golden2", "round2")
         for way in (("golden", "single", "union") if "golden" in name else ("greedy", "sampled"))
     ]
-    found = figures_of(whole.out)
+    results = figures_of(whole.out)
     for (name, way), cells in rows.items():
-        figures = found[name][{"golden": "sampled"}.get(way, way)]
+        figures = results[name][{"golden": "sampled"}.get(way, way)]
         assert [None if cell == "-" else float(cell) for cell in cells] == [
             pytest.approx(figures[key], abs=0.051 if key == "statements" else 0.00051)
             if figures[key] is not None
             else None
             for key in toy.COLUMNS
         ]
-    assert len([line for line in lines if re.match(r"golden\d: of what the gate kept", line)]) == 2
+    assert (
+        len([line for line in lines if re.match(r"golden\d: the gate has a precision of", line)])
+        == 2
+    )
     assert (
         len(
             [
@@ -313,14 +317,16 @@ def test_the_sheet_is_a_picture(whole):
 
 def test_the_best_captioner_is_named_where_caption_py_looks(whole):
     folder = caption.default_adapters(whole.out.parent)
-    found = figures_of(whole.out)
+    results = figures_of(whole.out)
     of = {"sft": "sft", "dpo-1": "round1", "dpo-2": "round2"}
-    both = {name: found[of[name]]["greedy"]["f1"] + found[of[name]]["sampled"]["f1"] for name in of}
+    both = {
+        name: results[of[name]]["greedy"]["f1"] + results[of[name]]["sampled"]["f1"] for name in of
+    }
     assert (
         both[folder.name] == max(both.values())
         and folder.resolve() == (whole.out / folder.name).resolve()
     )
-    assert f"best: {whole.out / folder.name}" in whole.said
+    assert f"best: {whole.out / folder.name}" in whole.printed
 
 
 def results_like(**f1):
@@ -329,12 +335,12 @@ def results_like(**f1):
     def figures(value):
         return {**dict.fromkeys((*KEYS, "statements"), 0.5), "f1": value}
 
-    found = {
+    results = {
         name: {"greedy": figures(greedy), "sampled": figures(sampled)}
         for name, (greedy, sampled) in f1.items()
     }
     return {
-        **found,
+        **results,
         "golden1": {
             "sample": figures(0.4),
             "combined": figures(0.5),
@@ -357,7 +363,7 @@ def results_like(**f1):
 def test_the_best_of_greedy_and_sampled_f1_together_is_named(
     whole, tmp_path, monkeypatch, capsys, scores, expected
 ):
-    """F1 is None where captions say nothing."""
+    """F1 is None where captions have no statements."""
     out = tmp_path / "out" / "toy"
     out.mkdir(parents=True)
     monkeypatch.setattr(toy, "sheet", lambda *_: None)
@@ -371,7 +377,7 @@ def test_the_best_of_greedy_and_sampled_f1_together_is_named(
 
 # ---------------------------------------------------------------- commands
 def test_every_command_is_printed_as_one_would_type_it(whole):
-    printed, handed = told(whole.said, "$"), whole.here.raw
+    printed, handed = commands_in(whole.printed, "$"), whole.here.raw
     assert len(printed) == len(handed) > 20
     for words, command in zip(printed, handed):
         to = words[words.index(">") + 1] if ">" in words else None
@@ -411,7 +417,7 @@ def test_with_several_processes_the_stages_go_to_torchrun_and_the_rest_does_not(
     assert handed[0][:5] == handed[1][:5] == [sys.executable, *torchrun]
     assert Path(handed[0][5]).resolve() == CODE / "sft.py" and handed[0][-2:] == ["--seed", "3"]
     assert handed[2] == [sys.executable, os.path.relpath(CODE / "caption.py"), str(tmp_path)]
-    printed = told(capsys.readouterr().out, "$")
+    printed = commands_in(capsys.readouterr().out, "$")
     assert printed[0] == ["torchrun", "--nproc_per_node", "2", *handed[0][5:]]
     assert printed[1] == ["torchrun", "--nproc_per_node", "2", *handed[1][5:]] and printed[1][
         -1
@@ -421,7 +427,7 @@ def test_with_several_processes_the_stages_go_to_torchrun_and_the_rest_does_not(
 
 def test_what_the_scripts_print_goes_to_the_log_where_there_is_one(tmp_path, capfd, monkeypatch):
     def run(command, stdout, stderr):
-        stdout.write("said\n")
+        stdout.write("printed\n")
         stderr.write("warned\n")
         (tmp_path / "made").touch()
         return 0
@@ -430,19 +436,19 @@ def test_what_the_scripts_print_goes_to_the_log_where_there_is_one(tmp_path, cap
     (tmp_path / "log").write_text("before\n")
     Loop(tmp_path, log=tmp_path / "log").run(tmp_path / "made", "sft.py")
     assert (tmp_path / "log").read_text().splitlines()[0] == "before"
-    assert sorted((tmp_path / "log").read_text().split()) == ["before", "said", "warned"]
+    assert sorted((tmp_path / "log").read_text().split()) == ["before", "printed", "warned"]
     assert capfd.readouterr().out.count("\n") == 1  # the command
 
 
 def test_a_real_process_is_started_and_its_error_ends_in_one_line(tmp_path, capfd):
     """Nothing patched: evaluate.py refuses captions that are not there."""
     with pytest.raises(
-        InputError, match=r"evaluate\.py ended with 1; mend what it says above"
+        InputError, match=r"evaluate\.py exited with 1; fix the error reported above"
     ) as error:
         Loop(tmp_path).run(
             tmp_path / "x.json",
             "evaluate.py",
-            tmp_path / "none.jsonl",
+            tmp_path / "missing.jsonl",
             tmp_path / "truth.jsonl",
             stdout=tmp_path / "x.txt",
             stage=False,
@@ -470,23 +476,23 @@ def test_control_c_leaves_a_command_the_time_to_save(tmp_path):
     assert (tmp_path / "checkpoint").read_text() == "saved"
 
 
-# ---------------------------------------------------------------- stopped and started again
-def test_the_same_command_again_runs_nothing_and_tells_the_same(whole, copied):
+# ---------------------------------------------------------------- interrupted and resumed
+def test_the_same_command_again_runs_nothing_and_prints_the_same_figures(whole, copied):
     run = run_toy(copied)
-    assert (run.code, run.scripts) == (0, []) and told(run.said, "$") == []
-    assert len(told(run.said, "done:")) == len(whole.scripts)
+    assert (run.code, run.scripts) == (0, []) and commands_in(run.printed, "$") == []
+    assert len(commands_in(run.printed, "done:")) == len(whole.scripts)
     assert figures_of(copied) == figures_of(whole.out)
     table, *_ = (
-        text[text.index("] judged\n") :].split("best: ")[0] for text in (whole.said, run.said)
+        text[text.index("] judged\n") :].split("best: ")[0] for text in (whole.printed, run.printed)
     )
-    assert table.count("\n") > 18 and table in run.said
+    assert table.count("\n") > 18 and table in run.printed
 
 
 def test_a_stage_whose_output_is_gone_is_the_only_one_that_runs_again(whole, copied):
     drop(copied, "golden-1", "captions/sft-greedy.jsonl", "dpo-2/adapters.json")
     run = run_toy(copied)
     assert run.code == 0 and run.scripts == ["caption.py", "golden.py", "dpo.py"]
-    assert [Path(words[1]).name for words in told(run.said, "done:")] == [
+    assert [Path(words[1]).name for words in commands_in(run.printed, "done:")] == [
         "caption.py",
         "evaluate.py",
         "caption.py",
@@ -509,7 +515,7 @@ def test_a_stage_whose_output_is_gone_is_the_only_one_that_runs_again(whole, cop
         assert (copied / name).read_bytes() == (whole.out / name).read_bytes()
 
 
-def test_what_another_command_made_is_not_taken_for_this_one_s(tmp_path, monkeypatch):
+def test_an_output_of_another_command_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(
         toy_steps, "run_command", lambda command, *_: (tmp_path / "made").touch() or 0
     )
@@ -538,12 +544,12 @@ def second_round_gone(out):
     )
 
 
-def test_a_command_that_fails_ends_in_one_line_and_the_next_run_goes_on_from_there(whole, copied):
+def test_a_command_that_fails_ends_in_one_line_and_the_next_run_resumes_there(whole, copied):
     second_round_gone(copied)
     run = run_toy(copied, here=Here(lambda script, argv: 3 if script == "golden.py" else None))
     assert run.code == 1 and run.scripts == ["qa_adapter.py", "golden.py"]
     (line,) = [line for line in run.errors.splitlines() if line.startswith("toy.py: ")]
-    assert "golden.py ended with 3" in line and run.errors.endswith(line + "\n")
+    assert "golden.py exited with 3" in line and run.errors.endswith(line + "\n")
     assert not (copied / "results.json").exists()
     again = run_toy(copied)
     assert again.code == 0 and again.scripts == RUN_OF_A_ROUND[1:]
@@ -562,7 +568,7 @@ def test_captions_cut_short_by_a_failure_are_not_taken_for_whole(whole, copied):
 
     run = run_toy(copied, here=Here(half))
     assert (
-        run.code == 1 and run.scripts == ["caption.py"] and "caption.py ended with 1" in run.errors
+        run.code == 1 and run.scripts == ["caption.py"] and "caption.py exited with 1" in run.errors
     )
     assert not (copied / "captions/round-1-greedy.jsonl").exists()
     assert run_toy(copied).scripts == ["caption.py", "evaluate.py"]
@@ -572,10 +578,10 @@ def test_captions_cut_short_by_a_failure_are_not_taken_for_whole(whole, copied):
 def test_a_command_that_ends_well_without_its_file_is_no_success(copied):
     drop(copied, "dpo-2/adapters.json")
     run = run_toy(copied, here=Here(lambda script, argv: 0))
-    assert run.code == 1 and "dpo.py ended with 0" in run.errors and run.scripts == ["dpo.py"]
+    assert run.code == 1 and "dpo.py exited with 0" in run.errors and run.scripts == ["dpo.py"]
 
 
-def test_control_c_ends_with_130_and_the_next_run_goes_on(whole, copied):
+def test_control_c_exits_with_130_and_the_next_run_resumes(whole, copied):
     second_round_gone(copied)
 
     def stop(script, argv):
@@ -612,14 +618,14 @@ def test_a_run_with_other_arguments_in_the_folder_is_refused_by_name(copied, fla
     assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
 
 
-def test_more_rounds_than_before_go_on_with_the_third(whole, copied):
+def test_more_rounds_than_before_resume_with_the_third(whole, copied):
     run = run_toy(copied, "--rounds", 3)
     assert run.code == 0 and run.scripts == RUN_OF_A_ROUND
     assert run.here.commands[0][1][:2] == ["--init", str(copied / "dpo-2")]
-    found = figures_of(copied)
-    assert list(found)[-2:] == ["golden3", "round3"]
-    assert {name: found[name] for name in list(found)[:-2]} == figures_of(whole.out)
-    assert "round 3 against round 2: " in run.said
+    results = figures_of(copied)
+    assert list(results)[-2:] == ["golden3", "round3"]
+    assert {name: results[name] for name in list(results)[:-2]} == figures_of(whole.out)
+    assert "round 3 against round 2: " in run.printed
 
 
 @pytest.mark.parametrize(
@@ -632,12 +638,14 @@ def test_a_size_below_one_is_refused(capsys, name):
 
 
 @pytest.mark.parametrize(
-    "argv", [["--seed", "5", "report"], ["--out", "mine", "claims", "--table"]]
+    "argv", [["--seed", "5", "report"], ["--out", "folder", "claims", "--table"]]
 )
 def test_flags_before_a_command_are_refused_where_they_would_mean_nothing(capsys, argv):
     with pytest.raises(SystemExit) as stop:
         toy.parse_args(argv)
-    assert stop.value.code == 2 and f"flags of {argv[2]} stand after it" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and f"flags of {argv[2]} must come after it" in capsys.readouterr().err
+    )
 
 
 # ---------------------------------------------------------------- who may see the truth
@@ -658,16 +666,16 @@ def test_only_evaluate_py_opens_a_file_of_the_truth(whole):
 def test_without_the_truth_every_stage_leaves_the_same_bytes_and_evaluate_py_one_line(
     whole, tmp_path, capfd
 ):
-    """The commands of the whole run again, in a folder that has the data of the loop, and no truth."""
+    """The commands of the whole run again, in a folder with the data of the loop and without its truth."""
     out, n_compared = tmp_path / "out" / "toy", 0
     shutil.copytree(whole.out / "data", out / "data")
     assert not list(out.rglob("*truth*"))
     blind = Here()
-    for (script, argv), printed in zip(whole.here.commands, told(whole.said, "$")):
+    for (script, argv), printed in zip(whole.here.commands, commands_in(whole.printed, "$")):
         argv = [part.replace(str(whole.out), str(out)) for part in argv]
         capfd.readouterr()
-        said = io.StringIO()
-        code = blind([sys.executable, str(CODE / script), *argv], stdout=said)
+        output = io.StringIO()
+        code = blind([sys.executable, str(CODE / script), *argv], stdout=output)
         if script == "evaluate.py":
             error = capfd.readouterr().err
             assert (
@@ -678,13 +686,13 @@ def test_without_the_truth_every_stage_leaves_the_same_bytes_and_evaluate_py_one
             )
             continue
         assert code == 0
-        mine = Path(printed[-1].replace(str(whole.out), str(out)))
+        captions = Path(printed[-1].replace(str(whole.out), str(out)))
         if script == "caption.py":
-            mine.parent.mkdir(exist_ok=True)
-            mine.write_text(said.getvalue())
+            captions.parent.mkdir(exist_ok=True)
+            captions.write_text(output.getvalue())
         flags = dict(pairwise(argv))
         files = (
-            [mine]
+            [captions]
             if script == "caption.py"
             else [
                 Path(flags["--out"]) / name
@@ -715,7 +723,7 @@ def test_the_held_out_folder_holds_nothing_but_pictures(whole):
         assert len(pictures) == SIZES[size]
         for file in pictures:
             with Image.open(whole.out / "data" / name / file) as picture:
-                assert not picture.info  # a picture's own text could tell, too
+                assert not picture.info  # text in the file itself could betray the truth, too
 
 
 def test_captions_to_learn_from_are_true_and_incomplete(tmp_path):
@@ -724,10 +732,10 @@ def test_captions_to_learn_from_are_true_and_incomplete(tmp_path):
     rows = stages.read_rows(folder / "captions.jsonl")
     assert [row["image"] for row in rows] == sorted(known)
     assert all(set(row) == {"image", "caption"} for row in rows)
-    told = {row["image"]: world.statements(row["caption"]) for row in rows}
-    for image, statements in told.items():
+    stated = {row["image"]: world.statements(row["caption"]) for row in rows}
+    for image, statements in stated.items():
         assert 2 <= len(set(statements)) == len(statements) and set(statements) <= known[image]
-    shares = [len(told[image]) / len(known[image]) for image in known]
+    shares = [len(stated[image]) / len(known[image]) for image in known]
     assert 0.4 < np.mean(shares) < 0.75 and np.mean([share < 1 for share in shares]) > 0.8
 
 
@@ -745,12 +753,12 @@ def test_a_drawing_that_was_interrupted_is_done_again(tmp_path, monkeypatch):
     folder, truth = make_split(tmp_path, "train", 3, 0, ("captions",))
     assert len(toy.toy_rows(truth)) == 3 and (folder / "00001.png").stat().st_size > 1000
     (folder / "00001.png").unlink()
-    make_split(tmp_path, "train", 3, 0, ("captions",))  # what is there is not drawn again
+    make_split(tmp_path, "train", 3, 0, ("captions",))  # a complete split is not drawn again
     assert not (folder / "00001.png").exists()
 
 
-# ---------------------------------------------------------------- the table, what was gained, the sheet
-def test_values_stand_in_their_cells_of_the_table():
+# ---------------------------------------------------------------- the table, the gains, the sheet
+def test_values_are_in_their_cells_of_the_table():
     def figures(first):
         return {key: first + k / 100 for k, key in enumerate(toy.COLUMNS)}
 
@@ -866,7 +874,7 @@ def judged(tmp_path):
             ("sft", 2, ()),
             ("round-1", 4 if way == "greedy" else 3, ("top-left pink cow",)),
         ):
-            said = [
+            captions = [
                 {
                     "image": str(images / row["image"]),
                     "finish": "eos",
@@ -881,11 +889,11 @@ def judged(tmp_path):
                 }
                 for k, row in enumerate(rows)
             ]
-            stages.write_rows(tmp_path / f"captions/{name}-{way}.jsonl", said)
+            stages.write_rows(tmp_path / f"captions/{name}-{way}.jsonl", captions)
     return SimpleNamespace(out=tmp_path, images=images, truth=truth)
 
 
-def test_what_a_round_gained_is_evaluate_py_s_difference(judged):
+def test_the_gain_of_a_round_is_the_difference_that_evaluate_py_reports(judged):
     text = toy.gains(judged.out, "sft", "round-1", judged.truth)
     parts = re.findall(r"(greedy|sampled) (P|R|F1) ([+-]\S+) \[([+-]\S+), ([+-][.\d]+)\]", text)
     assert [part[:2] for part in parts] == [
@@ -910,7 +918,7 @@ def red(out, first=0, last=None):
     )
 
 
-def test_the_sheet_writes_wrong_statements_in_red_beside_their_picture(judged):
+def test_the_sheet_writes_wrong_statements_in_red_next_to_their_picture(judged):
     toy.sheet(judged.out, judged.images, judged.truth, "sft", "round-1", n=6)
     height = 192 + 16
     assert [red(judged.out, k * height, (k + 1) * height) > 50 for k in range(6)] == [True] * 3 + [
@@ -920,7 +928,7 @@ def test_the_sheet_writes_wrong_statements_in_red_beside_their_picture(judged):
     assert red(judged.out) == 0
 
 
-def test_the_sheet_shows_the_pictures_in_order_and_what_is_missing_in_grey(judged):
+def test_the_sheet_shows_the_pictures_in_order_and_missing_facts_in_grey(judged):
     toy.sheet(judged.out, judged.images, judged.truth, "sft", "sft", n=6)
     sheet = Image.open(judged.out / "sheet.png")
     for k in range(6):
@@ -941,4 +949,4 @@ def test_the_sheet_shows_the_pictures_in_order_and_what_is_missing_in_grey(judge
             for row in rows
         ],
     )
-    assert grey("sft") > 3 * grey("full")  # of which only the labels have some
+    assert grey("sft") > 3 * grey("full")  # in which only the labels are grey

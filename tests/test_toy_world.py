@@ -1,5 +1,6 @@
-"""The toy world: its facts, its pictures, the mark that only crops show, and the small base trained on it."""
+"""The toy world: its facts, its pictures, the mark that only crops show, its questions; and the small base."""
 
+import hashlib
 import json
 import random
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import toy
@@ -116,7 +118,9 @@ def test_halving_leaves_nothing_of_a_mark(kind):
     for x, y in ((16, 16), (13.6, 18.4), (48.2, 47)):
         mark = world.draw_mark(kind, x, y)
         assert abs(world.HALVING @ mark @ world.HALVING.T).max() < 1e-9
-        assert mark.std() * world.SIDE / world.MARK_SIDE > 0.9  # at full resolution it is all there
+        assert (
+            mark.std() * world.SIDE / world.MARK_SIDE > 0.9
+        )  # at full resolution nothing of it is lost
 
 
 def test_halving_is_what_pillow_does():
@@ -183,11 +187,11 @@ def test_scenes_command_writes_pictures_and_truth(tmp_path):
         for kind in ("captions", "questions")
     )
     for row, caption in zip(rows, captions):
-        said, true = world.statements(caption["caption"]), {fact["text"] for fact in row["facts"]}
+        stated, true = world.statements(caption["caption"]), {fact["text"] for fact in row["facts"]}
         assert (
             caption["image"] == row["image"]
-            and len(set(said)) == len(said) >= 2
-            and set(said) <= true
+            and len(set(stated)) == len(stated) >= 2
+            and set(stated) <= true
         )
     assert len(questions) == 9 and all(q["answer"].startswith(("Yes", "No")) for q in questions)
     assert np.array_equal(
@@ -195,9 +199,33 @@ def test_scenes_command_writes_pictures_and_truth(tmp_path):
     )
 
 
+def test_the_scenes_behind_recorded_results_never_change(tmp_path):
+    rows = world.draw_scenes(tmp_path, [f"train 0 {i}" for i in range(20)])
+    content = json.dumps([rows["captions"], rows["truth"]]).encode()
+    assert hashlib.sha256(content).hexdigest() == (
+        "a7130018b3c092f68f03db2fec3e1e880807a1a69e6ea1fad43b57c2edeffa7c"
+    )
+
+
+def test_no_question_of_an_image_is_asked_twice(tmp_path):
+    """The questions are those of `questions`, drawn until there are three different ones; all else stays as it is."""
+    seeds = [f"train 0 {i}" for i in range(150)]
+    rows = world.draw_scenes(tmp_path, seeds)
+    n_repeated = 0
+    for number, seed in enumerate(seeds):
+        scene, rng = world.make_scene(seed), random.Random(f"rows {seed}")
+        assert rows["captions"][number]["caption"] == world.short_caption(scene, rng)
+        drawn = [world.ask(text) for text, _, _ in world.questions(scene, 30, rng)]
+        asked = rows["questions"][3 * number : 3 * number + 3]
+        assert {row["image"] for row in asked} == {f"{number:05d}.png"}
+        assert [row["question"] for row in asked] == list(dict.fromkeys(drawn))[:3]
+        n_repeated += len(set(drawn[:3])) < 3
+    assert len(rows["questions"]) == 3 * len(seeds) and n_repeated > 3
+
+
 # ---------------------------------------------------------------- the base
-def test_pretraining_writes_the_released_layout_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    """Stopped in the fourth step and started again: log and weights as of an uninterrupted run, bit for bit."""
+def test_pretraining_writes_the_released_layout_and_resumes_where_it_stopped(tmp_path, monkeypatch):
+    """Stopped in the fourth step and resumed: log and weights are those of an uninterrupted run, bit for bit."""
     arguments = [
         "pretrain",
         "--steps",
@@ -235,7 +263,7 @@ def test_pretraining_writes_the_released_layout_and_goes_on_where_it_stopped(tmp
 
 
 @pytest.mark.parametrize("flag, value", [("--steps", "8"), ("--lr", "0.5"), ("--seed", "1")])
-def test_pretraining_does_not_go_on_with_other_arguments(tmp_path, capsys, flag, value):
+def test_pretraining_does_not_resume_with_other_arguments(tmp_path, capsys, flag, value):
     arguments = ["pretrain", "--steps", "1", "--batch", "1", "--out", str(tmp_path)]
     assert toy.main(arguments) == 0
     before, _ = (tmp_path / "model.safetensors").read_bytes(), capsys.readouterr()
@@ -266,6 +294,30 @@ def test_a_packed_training_row_asks_for_what_follows_each_prompt(tmp_path):
     ) == 36
 
 
+@pytest.mark.parametrize("kind", ["close", "six"])
+def test_the_loss_is_a_weighted_mean_over_the_targets_of_each_task(tmp_path, kind):
+    """Every continuation in a row of its own, after a prefix of its own, gives the same loss."""
+    world.write_vocabulary(tmp_path / "qwen.tiktoken")
+    model = toy_base.fresh_model(Tokenizer(tmp_path), 0)
+    loss, means = toy_base.weighted_loss(model, *toy_base.make_batch(model, kind, 0, 1, 3, 4))
+    nll = {name: [] for name in toy_base.TASKS}
+    for name in ("0 1 0", "0 1 1", "0 1 2"):
+        scene, pixels = toy_base.scene_views(kind, name)
+        prefix = model.image_prompt(len(pixels), "")
+        for task, prompt, answer in toy_base.continuations(scene, 4, random.Random("rows " + name)):
+            prompt, answer = (model.tokenizer.encode(text) for text in (prompt, answer))
+            targets = [*answer, model.tokenizer.eos_id]
+            logits = model(torch.tensor([prefix + prompt + answer]), pixels)[0, -len(targets) :]
+            losses = F.cross_entropy(logits, torch.tensor(targets), reduction="none").tolist()
+            nll[task] += losses if task != "answer" else losses[:1]
+            nll["reason"] += losses[1:] if task == "answer" else []
+    expected = {name: np.mean(losses) for name, losses in nll.items()}
+    assert {name: mean.item() for name, mean in means.items()} == pytest.approx(expected, rel=1e-4)
+    assert loss.item() == pytest.approx(
+        sum(toy_base.TASKS[name] * mean for name, mean in expected.items()), rel=1e-4
+    )
+
+
 def test_the_report_counts_right():
     truth = {
         "facts": [
@@ -280,15 +332,15 @@ def test_the_report_counts_right():
         ],
     }
     caption = ["background gray", "top-left red ring", "top-left stripes", "top-left red ring"]
-    found = toy_base.caption_report([caption], [truth])
-    assert found["precision"] == {"all": [0.667, 3], "mark": [0.0, 1]}
-    assert found["recall"] == {
+    figures = toy_base.caption_report([caption], [truth])
+    assert figures["precision"] == {"all": [0.667, 3], "mark": [0.0, 1]}
+    assert figures["recall"] == {
         "all": [0.5, 4],
         "background": [1.0, 1],
         "object": [0.5, 2],
         "mark": [0.0, 1],
     }
-    assert found["mark invented on"] == {"warm": [1.0, 1], "cold": [0.0, 0]}
+    assert figures["mark invented on"] == {"warm": [1.0, 1], "cold": [0.0, 0]}
 
 
 def test_a_missing_base_is_one_line(capsys, tmp_path):
@@ -307,19 +359,19 @@ def test_the_shipped_base_is_small_and_its_captions_are_mostly_right():
     pixels = torch.stack(
         [views(open_image(SHIPPED / "examples" / row["image"]), 32) for row in rows]
     )
-    said = [
+    stated = [
         (text, {fact["text"] for fact in row["facts"]})
         for row, (result,) in zip(
             rows, sample(model, pixels, [row["image"] for row in rows], 1, temperature=0)
         )
         for text in world.statements(result["caption"])
     ]
-    assert len(said) >= len(rows)
-    assert np.mean([text in true for text, true in said]) >= 0.8
+    assert len(stated) >= len(rows)
+    assert np.mean([text in true for text, true in stated]) >= 0.8
 
 
 def test_the_shipped_base_sees_the_mark_in_six_views_and_invents_it_in_one(capsys):
-    """A small run of `toy.py report`, far from the edge of its figures in the README."""
+    """A small run of `toy.py report`, far from the edge of its figures in docs/toy-world.md."""
     assert toy.main(["report", "--base", str(SHIPPED), "--scenes", "40"]) == 0
     lines = dict(
         line.split(": ", 1)
@@ -337,6 +389,6 @@ def test_the_shipped_base_sees_the_mark_in_six_views_and_invents_it_in_one(capsy
     assert figures["close-ups, marks at even odds"]["mark told"][0] > 0.95
 
 
-def test_a_folder_that_is_no_base_is_refused(tmp_path):
+def test_a_folder_that_is_not_a_base_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"config\.json"):
         QwenVL.from_pretrained(tmp_path)

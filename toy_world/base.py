@@ -1,8 +1,9 @@
 """The toy base: a small Qwen-VL pre-trained on the toy world, and what it sees and invents.
 
-It learns the way the source says its base did: whole images mostly at low resolution, under captions that tell of
-details nobody can see there. Close-ups and six-view albums show the details, partly without the correlation. Used by
-`python toy.py pretrain` and `python toy.py report`.
+It learns the way the source says that its base did: mostly from whole images at low resolution,
+under captions with details that nobody can see there. Close-ups and six-view images show the
+details, in part without the correlation. Used by `python toy.py pretrain` and
+`python toy.py report`.
 """
 import json
 import math
@@ -11,31 +12,33 @@ import random
 import sys
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 from chunking import normalise, views
 from generate import greedy, yes_probability
-from model import CAPTION_PROMPT, Config, QwenVL, VisionConfig
+from model import CAPTION_PROMPT, PADDING, Config, QwenVL, VisionConfig
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import write_base
 from toy_world import world
 
-VIEW = world.SIDE // 2          # pixels of a view's side: close-ups keep their full resolution in it
-REPORT_BATCH = 50
+VIEW = world.SIDE // 2          # pixels of a view's side; close-ups keep their full resolution
+REPORT_BATCH = 50               # images captioned at once
 
 
 # ---------------------------------------------------------------- the base
 def toy_config(tokenizer):
-    """A Qwen-VL of about 1.5 M parameters for 32-pixel views."""
-    vision = VisionConfig(image_size=VIEW, patch_size=8, width=96, layers=3, heads=3, mlp_ratio=4.0, output_dim=128,
-                          image_start_id=tokenizer.image_start_id, n_queries=4)
-    return Config(vocab_size=64 * math.ceil(tokenizer.n_vocab / 64), hidden_size=128, num_hidden_layers=4,
-                  num_attention_heads=4, kv_channels=32, intermediate_size=704, seq_length=256, visual=vision)
+    """A Qwen-VL of 1.4 M parameters for 32-pixel views."""
+    vision = VisionConfig(
+        image_size=VIEW, patch_size=8, width=96, layers=3, heads=3, mlp_ratio=4.0, output_dim=128,
+        image_start_id=tokenizer.image_start_id, n_queries=4)
+    return Config(
+        vocab_size=64 * math.ceil(tokenizer.n_vocab / 64), hidden_size=128, num_hidden_layers=4,
+        num_attention_heads=4, kv_channels=32, intermediate_size=704, seq_length=256,
+        visual=vision)
 
 
 def fresh_model(tokenizer, seed):
-    """A toy base before training: small embeddings, the rest as PyTorch makes it."""
+    """A toy base before training: small embeddings, everything else as PyTorch initialises it."""
     torch.manual_seed(seed)
     model = QwenVL(toy_config(tokenizer), tokenizer)
     for weight in (model.transformer.wte.weight, model.lm_head.weight):
@@ -45,43 +48,47 @@ def fresh_model(tokenizer, seed):
 
 def optimizers(model, args):
     """Muon for the matrices between embedding and head, AdamW for everything else."""
-    matrix = {n for n, p in model.named_parameters()
-              if p.ndim == 2 and not any(s in n for s in ("wte", "lm_head", "positional_embedding", "query"))}
-    named = dict(model.named_parameters())
-    rest = [p for n, p in named.items() if n not in matrix]
-    return [torch.optim.Muon([named[n] for n in named if n in matrix], lr=args.lr, weight_decay=0.0),
-            torch.optim.AdamW(rest, lr=args.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)]
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        is_table = any(part in name for part in ("wte", "lm_head", "positional_embedding", "query"))
+        (others if is_table or parameter.ndim != 2 else matrices).append(parameter)
+    return [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.0),
+            torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-# What each task's mean loss weighs. `answer` is Yes or No alone: it is learned last and needs the most; `reason` is
-# what follows it, `dense` the full caption under the grounding prompt, `short` one to three facts under the other.
+# The weight of each task's mean loss. `dense` is the full caption under the grounding prompt,
+# `short` one to three facts under the other prompt, `answer` Yes or No alone, which is learned last
+# and needs the most, and `reason` the words that follow it.
 TASKS = {"dense": 0.35, "short": 0.1, "answer": 1.0, "reason": 0.3}
 TASK_NAMES = list(TASKS)
 
 
-# ---------------------------------------------------------------- its data: one image, many continuations
+# ---------------------------------------------------------------- one image, many continuations
 def scene_views(kind, seed):
-    """One training image of a kind: its scene and views (V, 3, VIEW, VIEW).
+    """One training image: its scene and its views (V, 3, VIEW, VIEW).
 
-    low: a whole image at low resolution, marks planted. close: a close-up, marks at even odds. six: all six views,
-    marks planted in most. Marks at even odds from the first step on: a base that meets them only where they follow the
-    colour learns the colour, and never looks again.
+    kind "low": a whole image at low resolution, marks planted. "close": a close-up, marks at even
+    odds. "six": all six views, marks planted in 60 % of the images. Marks come at even odds from
+    the first step on, since a base that meets them only where they follow the colour learns the
+    colour and never looks at the marks again.
     """
     rng = random.Random(str(seed))
     scene = world.make_scene(seed, planted=kind == "low" or (kind == "six" and rng.random() < 0.6))
     image = world.draw(scene)
     if kind == "close":
-        thing = rng.choice([t for t in scene.things if t.place != "center"])
-        return world.as_close_up(scene, thing), normalise(world.close_up(image, thing))[None]
+        thing = rng.choice([thing for thing in scene.things if thing.place != "center"])
+        pixels = normalise(world.close_up(image, thing))
+        return world.as_close_up(scene, thing), pixels[None]
     pixels = views(image, VIEW)
     return scene, pixels if kind == "six" else pixels[:1]
 
 
 def continuations(scene, n_questions, rng):
-    """What may follow an image: [(task, prompt, target)]: a dense caption, a short one, questions."""
-    known = [f["text"] for f in world.facts(scene)]
-    few = rng.sample(known, min(len(known), rng.choice((1, 2, 3))))
-    rows = [("dense", world.DENSE_PROMPT, " " + ", ".join(known)), ("short", CAPTION_PROMPT, " " + ", ".join(few))]
+    """What may follow an image: [(task, prompt, target)], two captions and questions."""
+    texts = [fact["text"] for fact in world.facts(scene)]
+    few = rng.sample(texts, min(len(texts), rng.choice((1, 2, 3))))
+    rows = [("dense", world.DENSE_PROMPT, " " + ", ".join(texts)),
+            ("short", CAPTION_PROMPT, " " + ", ".join(few))]
     if n_questions:
         rows += [("answer", f"{world.ask(text)} Answer:", f" {answer}")
                  for text, answer, _ in world.questions(scene, n_questions, rng)]
@@ -89,190 +96,271 @@ def continuations(scene, n_questions, rng):
 
 
 def pack(model, n_views, rows):
-    """One image's continuations behind its prefix -> ids, branch, target (-1 where none) and task number, lists."""
+    """One image's continuations behind its prefix.
+
+    Returns four lists with an entry per token: ids; branch; target, the token to predict after it
+    or PADDING; and the number of the target's task.
+    """
     encode, eos = model.tokenizer.encode, model.tokenizer.eos_id
     ids = model.image_prompt(n_views, "")
-    branch, target, task = [0] * len(ids), [-1] * len(ids), [0] * len(ids)
+    branch, target, task = [0] * len(ids), [PADDING] * len(ids), [0] * len(ids)
     for k, (name, prompt, answer) in enumerate(rows, 1):
         prompt, answer = encode(prompt), encode(answer)
         ids += prompt + answer
         branch += [k] * len(prompt + answer)
-        target += [-1] * (len(prompt) - 1) + answer + [eos]
-        number = TASK_NAMES.index(name)
-        # of an answer, Yes or No is a task of its own: the rest says what is there instead
-        rest = TASK_NAMES.index("reason") if name == "answer" else number
-        task += [number] * len(prompt) + [rest] * len(answer)
+        target += [PADDING] * (len(prompt) - 1) + answer + [eos]
+        # the first token of an answer, Yes or No, is a task apart from the words that follow it
+        first = TASK_NAMES.index(name)
+        rest = TASK_NAMES.index("reason") if name == "answer" else first
+        task += [first] * len(prompt) + [rest] * len(answer)
     return ids, branch, target, task
 
 
 def make_batch(model, kind, seed, step, size, n_questions):
-    """A batch of one kind of image: the arguments of the model's forward, target (B, L) and task (B, L)."""
+    """A batch of one kind of image: the arguments of the model's forward, and task (B, K).
+
+    K is the largest number of targets in a row; row b has its targets first and then padding.
+    """
     packed, pixels = [], []
     for i in range(size):
         name = f"{seed} {step} {i}"
         scene, image = scene_views(kind, name)
-        packed.append(pack(model, len(image), continuations(scene, n_questions, random.Random("rows " + name))))
+        rows = continuations(scene, n_questions, random.Random("rows " + name))
+        packed.append(pack(model, len(image), rows))
         pixels.append(image)
-    longest = max(len(row[0]) for row in packed)
-    ids, branch, target, task = (torch.tensor([part + [fill] * (longest - len(part)) for part in parts])
-                                 for parts, fill in zip(zip(*packed), (model.tokenizer.eos_id, 0, -1, 0)))
-    mask = torch.tensor([[True] * len(row[0]) + [False] * (longest - len(row[0])) for row in packed])
-    batch = {"ids": ids, "images": torch.cat(pixels), "mask": mask, "branch": branch, "positions": target >= 0}
-    return batch, target, task
+    lengths = torch.tensor([len(ids) for ids, *_ in packed])
+    fills = (model.tokenizer.eos_id, 0, PADDING, 0)
+    ids, branch, target, task = (padded(lists, fill) for lists, fill in zip(zip(*packed), fills))
+    is_target = target != PADDING                                             # (B, L)
+    K = is_target.sum(dim=1).max()
+    positions = is_target.int().argsort(dim=1, descending=True, stable=True)[:, :K]
+    batch = {"ids": ids, "images": torch.cat(pixels), "branch": branch,
+             "mask": torch.arange(ids.shape[1]) < lengths[:, None],
+             "positions": positions, "logp_of": target.gather(1, positions)}    # (B, K)
+    return batch, task.gather(1, positions)
 
 
-def weighted_loss(model, batch, target, task):
-    """Σ over tasks of weight × mean cross entropy of the task's tokens; also each task's mean."""
-    logits = model(**batch)                                                       # (M, vocab)
-    target, task = target[batch["positions"]], task[batch["positions"]]
-    nll = F.cross_entropy(logits, target, reduction="none")
-    means = {name: nll[task == k].mean() for k, name in enumerate(TASK_NAMES) if bool((task == k).any())}
+def padded(lists, fill):
+    """Lists of different lengths as one tensor, padded on the right."""
+    longest = max(map(len, lists))
+    return torch.tensor([row + [fill] * (longest - len(row)) for row in lists])
+
+
+def weighted_loss(model, batch, task):
+    """Σ over tasks of weight × mean cross entropy of the task's tokens; and each task's mean."""
+    nll = -model(**batch)                                                       # (B, K)
+    is_target = batch["logp_of"] != PADDING
+    means = {}
+    for number, name in enumerate(TASK_NAMES):
+        chosen = is_target & (task == number)
+        if chosen.any():
+            means[name] = nll[chosen].mean()
     return sum(TASKS[name] * mean for name, mean in means.items()), means
 
 
 # ---------------------------------------------------------------- pre-training
 def kind_of_step(step, steps, seed):
-    """Close-ups first, since shapes are the hardest to see and cheapest to learn there; then mostly six views."""
+    """The kind of image of a step: first many close-ups, since shapes are the hardest to see and
+    the cheapest to learn there, then mostly six views."""
     shares = (0.35, 0.15, 0.5) if step < steps / 4 else (0.55, 0.2, 0.25)
     return random.Random(f"kind {seed} {step}").choices(("six", "low", "close"), shares)[0]
 
 
 def pretrain(args):
-    """Train a base from scratch, or go on from its last checkpoint, and write it in the released layout."""
+    """Train a base, or resume from its last checkpoint, and write it in the released layout."""
     args.out.mkdir(parents=True, exist_ok=True)
     world.write_vocabulary(args.out / "qwen.tiktoken")
     model = fresh_model(Tokenizer(args.out), args.seed)
     opts = optimizers(model, args)
-    state, log, first = args.out / "resume.pt", args.out / "log.jsonl", 0
-    if state.is_file():
-        saved = torch.load(state, weights_only=True)
-        model.load_state_dict(saved["model"])
-        for optimizer, its_state in zip(opts, saved["optimizers"]):
-            optimizer.load_state_dict(its_state)
-        first = saved["step"]
-        log.write_text("".join(log.read_text().splitlines(keepends=True)[:first]))
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {first} to {args.steps}", file=sys.stderr)
+    state, log = args.out / "resume.pt", args.out / "log.jsonl"
+    first = load_state(state, model, opts)
+    if first:
+        lines = log.read_text().splitlines(keepends=True)
+        log.write_text("".join(lines[:first]))
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{n_parameters:,} parameters, steps {first} to {args.steps}", file=sys.stderr)
     for step in tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step"):
-        share = step / args.steps
-        scale = min((step + 1) / 50, 1.0, (1 - share) / 0.75)                      # warm-up, hold a quarter, then to 0
-        for optimizer, lr in zip(opts, (args.lr, args.adam_lr)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * scale
-        kind = kind_of_step(step, args.steps, args.seed)
-        n_questions = args.questions if share >= 0.05 else 0                       # nothing to ask before it sees
-        loss, means = weighted_loss(model, *make_batch(model, kind, args.seed, step, args.batch, n_questions))
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in opts:
-            optimizer.step()
-            optimizer.zero_grad()
+        figures = train_step(model, opts, step, args)
         with log.open("a") as file:
-            file.write(json.dumps({"step": step + 1, "kind": kind, "loss": loss.item(), "grad_norm": norm.item(),
-                                   **{name: mean.item() for name, mean in means.items()}}) + "\n")
+            file.write(json.dumps(figures) + "\n")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts], "step": step + 1},
-                       state.with_suffix(".tmp"))
-            os.replace(state.with_suffix(".tmp"), state)
+            save_state(state, model, opts, step + 1)
     write_base(model, args.out, args.out / "qwen.tiktoken")
     print(f"wrote {args.out}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------- what a base sees, and what it invents
+def train_step(model, opts, step, args):
+    """One optimizer step -> its line of the log."""
+    share = step / args.steps
+    scale = min((step + 1) / 50, 1.0, (1 - share) / 0.75)   # warm up, hold a quarter, then to 0
+    for optimizer, lr in zip(opts, (args.lr, args.adam_lr)):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * scale
+    kind = kind_of_step(step, args.steps, args.seed)
+    n_questions = args.questions if share >= 0.05 else 0    # not before it has begun to see
+    batch = make_batch(model, kind, args.seed, step, args.batch, n_questions)
+    loss, means = weighted_loss(model, *batch)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in opts:
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"step": step + 1, "kind": kind, "loss": loss.item(), "grad_norm": norm.item(),
+            **{name: mean.item() for name, mean in means.items()}}
+
+
+def save_state(path, model, opts, step):
+    """Write a checkpoint, which replaces the one before."""
+    state = {"model": model.state_dict(), "step": step,
+             "optimizers": [optimizer.state_dict() for optimizer in opts]}
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def load_state(path, model, opts):
+    """Load a checkpoint -> the number of steps done, 0 without one."""
+    if not path.is_file():
+        return 0
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(opts, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    return state["step"]
+
+
+# ---------------------------------------------------------------- what a base sees and invents
 def dense_captions(model, images):
-    """Greedy captions under the grounding prompt: images (N, V, 3, S, S) -> N lists of statements."""
+    """Greedy captions under the grounding prompt: images (N, V, 3, S, S) -> N lists of
+    statements."""
     N, V = images.shape[:2]
     ids = torch.tensor([model.image_prompt(V, world.DENSE_PROMPT)] * N)
     eos = model.tokenizer.eos_id
-    new = greedy(model, ids, images.flatten(0, 1), max_new_tokens=100, eos_id=eos)
-    return [world.statements(model.tokenizer.decode(i for i in row if i != eos)) for row in new.tolist()]
+    new_ids = greedy(model, ids, images.flatten(0, 1), max_new_tokens=100, eos_id=eos).tolist()
+    texts = [model.tokenizer.decode(token for token in row if token != eos) for row in new_ids]
+    return [world.statements(text) for text in texts]
 
 
-def shares(lists):
-    """{name: [share of true, how many]} of lists of true and false."""
-    return {name: [round(sum(values) / max(len(values), 1), 3), len(values)] for name, values in lists.items()}
+def all_dense_captions(model, images, label=None):
+    """`dense_captions` of any number of images, with a progress bar where there is a label."""
+    captions = []
+    starts = range(0, len(images), REPORT_BATCH)
+    # None shows a bar on a terminal only
+    for start in tqdm(starts, desc=label, disable=None if label else True):
+        captions += dense_captions(model, images[start:start + REPORT_BATCH])
+    return captions
+
+
+def shares(cases):
+    """{name: [true, false, …]} -> {name: [share of true, number of cases]}."""
+    return {name: [round(sum(values) / max(len(values), 1), 3), len(values)]
+            for name, values in cases.items()}
 
 
 def caption_report(captions, truths):
-    """Precision and recall of statements, per kind of fact, and inventions of the planted detail per colour group."""
-    right, covered, invented = {"all": []}, {"all": []}, {"warm": [], "cold": []}
+    """Precision and recall of statements, by kind of fact, and the share of the unmarked objects
+    on which a mark is invented, by colour group.
+
+    captions: lists of statements. Every figure is [share, number of cases].
+    """
+    correct, covered, invented = {"all": []}, {"all": []}, {"warm": [], "cold": []}
     for caption, truth in zip(captions, truths):
-        true = {fact["text"]: fact["kind"] for fact in truth["facts"]}
-        said = set(caption)
-        right["all"] += [text in true for text in said]
-        right.setdefault("mark", []).extend(text in true for text in said if text.endswith(world.MARKS))
-        covered["all"] += [text in said for text in true]
-        for text, kind in true.items():
-            covered.setdefault(kind, []).append(text in said)
-        places = {}
-        for bare in truth["planted"]:
-            places.setdefault((bare["text"].rsplit(" ", 1)[0], bare["group"]), []).append(bare["text"] in said)
-        for (_, group), marks in places.items():
-            invented[group].append(any(marks))
-    return {"precision": shares(right), "recall": shares(covered), "mark invented on": shares(invented)}
+        kinds = {fact["text"]: fact["kind"] for fact in truth["facts"]}
+        stated = set(caption)
+        marks = [text for text in stated if text.endswith(world.MARKS)]
+        correct["all"] += [text in kinds for text in stated]
+        correct.setdefault("mark", []).extend(text in kinds for text in marks)
+        covered["all"] += [text in stated for text in kinds]
+        for text, kind in kinds.items():
+            covered.setdefault(kind, []).append(text in stated)
+        for group, tempted in inventions(truth, stated):
+            invented[group].append(tempted)
+    return {"precision": shares(correct), "recall": shares(covered),
+            "mark invented on": shares(invented)}
+
+
+def inventions(truth, stated):
+    """Of each unmarked object of a truth row: (colour group, whether a mark is stated for it)."""
+    objects = {}
+    for planted in truth["planted"]:
+        place = planted["text"].rsplit(" ", 1)[0]
+        objects.setdefault((place, planted["group"]), []).append(planted["text"] in stated)
+    return [(group, any(marks)) for (_, group), marks in objects.items()]
 
 
 def close_up_report(model, scenes):
-    """How often a close-up's caption tells its mark, or that there is none, when marks come at even odds."""
-    pictures, marks = [], []
+    """How often the caption of a close-up states the right mark, and no mark on an unmarked
+    object."""
+    pixels, marks = [], []
     for scene in scenes:
         image = world.draw(scene)
         for thing in scene.things:
             if thing.place != "center":
-                pictures.append(normalise(world.close_up(image, thing))[None])
+                pixels.append(normalise(world.close_up(image, thing))[None])
                 marks.append(thing.mark)
-    right = []
-    for first in range(0, len(pictures), REPORT_BATCH):
-        captions = dense_captions(model, torch.stack(pictures[first:first + REPORT_BATCH]))
-        said = [[m for m in world.MARKS if f"close-up {m}" in caption] for caption in captions]
-        right += [s == ([mark] if mark else []) for s, mark in zip(said, marks[first:])]
-    return shares({"mark told": right})
+    correct = []
+    for caption, mark in zip(all_dense_captions(model, torch.stack(pixels)), marks):
+        stated = [kind for kind in world.MARKS if f"close-up {kind}" in caption]
+        correct.append(stated == ([mark] if mark else []))
+    return shares({"mark told": correct})
 
 
 def question_report(model, scenes, images, seed):
-    """Accuracy of yes and no by kind of question, P(yes) ≥ .5 being yes."""
-    right = {}
+    """Accuracy of yes and no by kind of question, where P(yes) >= .5 is a yes."""
+    correct = {}
     for number, (scene, views_of_it) in enumerate(zip(scenes, images)):
-        asked = world.questions(scene, 16, random.Random(f"questions {seed} {number}"))
-        p_yes = yes_probability(model, views_of_it, [world.ask(text) for text, _, _ in asked])
-        for p, (_, answer, kind) in zip(p_yes.tolist(), asked):
-            right.setdefault("all", []).append((p >= 0.5) == answer.startswith("Yes"))
-            right.setdefault(kind, []).append((p >= 0.5) == answer.startswith("Yes"))
-    return shares(dict(sorted(right.items())))
+        questions = world.questions(scene, 16, random.Random(f"questions {seed} {number}"))
+        texts = [world.ask(text) for text, _, _ in questions]
+        p_yes = yes_probability(model, views_of_it, texts).tolist()
+        for p, (_, answer, kind) in zip(p_yes, questions):
+            is_correct = (p >= 0.5) == answer.startswith("Yes")
+            correct.setdefault("all", []).append(is_correct)
+            correct.setdefault(kind, []).append(is_correct)
+    return shares(dict(sorted(correct.items())))
+
+
+def scene_pixels(model, scenes, label=None):
+    """The six views of scenes, (N, 6, 3, S, S)."""
+    side = model.config.visual.image_size
+    scenes = tqdm(scenes, desc=label, disable=None if label else True)
+    return torch.stack([views(world.draw(scene), side) for scene in scenes])
 
 
 def measure(model, n, seed):
-    """What a base sees and invents on n unseen scenes -> {views: {figure: {case: [share, of how many]}}}."""
+    """What a base sees and invents on n unseen scenes -> {views: {figure: {case: [share, n]}}}."""
     scenes = [world.make_scene(f"report {seed} {i}") for i in range(n)]
-    side = model.config.visual.image_size
-    pixels = torch.stack([views(world.draw(scene), side) for scene in tqdm(scenes, desc="drawing", disable=None)])
-    truths, found = [world.truth(scene, "") for scene in scenes], {}
+    pixels = scene_pixels(model, scenes, label="drawing")
+    truths = [world.truth(scene, "") for scene in scenes]
+    figures = {}
     for name, images in (("one low-resolution view", pixels[:, :1]), ("six views", pixels)):
-        captions = []
-        for first in tqdm(range(0, len(images), REPORT_BATCH), desc=f"captions, {name}", disable=None):
-            captions += dense_captions(model, images[first:first + REPORT_BATCH])
-        found[name] = {**caption_report(captions, truths), "yes/no": question_report(model, scenes, images, seed)}
+        captions = all_dense_captions(model, images, label=f"captions, {name}")
+        figures[name] = caption_report(captions, truths)
+        figures[name]["yes/no"] = question_report(model, scenes, images, seed)
     even = [world.make_scene(f"report even {seed} {i}", planted=False) for i in range(n // 2)]
-    found["close-ups"] = {"marks at even odds": close_up_report(model, even)}
-    return found
+    figures["close-ups"] = {"marks at even odds": close_up_report(model, even)}
+    return figures
 
 
 def report(args):
-    """Print what measure finds, a JSON object a line."""
-    found = measure(QwenVL.from_pretrained(args.base), args.scenes, args.seed)
+    """Print the figures of `measure`, a JSON object a line."""
+    figures = measure(QwenVL.from_pretrained(args.base), args.scenes, args.seed)
     print(json.dumps({"base": str(args.base), "scenes": args.scenes, "seed": args.seed}))
-    for name, figures in found.items():
-        for what, shares_of in figures.items():
-            print(f"{name}, {what}: {json.dumps(shares_of)}")
+    for name, figures_of_views in figures.items():
+        for figure, cases in figures_of_views.items():
+            print(f"{name}, {figure}: {json.dumps(cases)}")
 
 
 def own_tasks(model, seed, n=200):
-    """How well a model still does what its base was trained for -> {"dense f1", "questions", "close-up marks"}."""
+    """How well a model still does the tasks of its base on n scenes.
+
+    Returns {"dense f1", "questions", "close-up marks"}: F1 of dense captions, accuracy of yes and
+    no, and the share of close-ups with the right mark.
+    """
     scenes = [world.make_scene(f"own tasks {seed} {i}") for i in range(n)]
-    pixels = torch.stack([views(world.draw(scene), model.config.visual.image_size) for scene in scenes])
-    captions = [caption for first in range(0, n, REPORT_BATCH)
-                for caption in dense_captions(model, pixels[first:first + REPORT_BATCH])]
-    found = caption_report(captions, [world.truth(scene, "") for scene in scenes])
-    (precision, _), (recall, _) = found["precision"]["all"], found["recall"]["all"]
+    pixels = scene_pixels(model, scenes)
+    captions = all_dense_captions(model, pixels)
+    figures = caption_report(captions, [world.truth(scene, "") for scene in scenes])
+    (precision, _), (recall, _) = figures["precision"]["all"], figures["recall"]["all"]
     even = [world.make_scene(f"own tasks even {seed} {i}", planted=False) for i in range(n // 2)]
     return {"dense f1": 2 * precision * recall / max(precision + recall, 1e-9),
             "questions": question_report(model, scenes, pixels, seed)["all"][0],

@@ -1,112 +1,127 @@
-"""The README's plots, from results/claims.json (needs matplotlib, which is a development dependency).
+"""The plots of docs/claims.md, from results/claims.json. Needs matplotlib, a development
+dependency.
 
-    python toy_plots.py --results results/claims.json --out assets/claims
+    python -m toy_world.plots --results results/claims.json --out assets/claims
 """
 import argparse
 import json
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 BLUE, RED, GREY = "#2563ab", "#c8372d", "#888888"
 
 
 def parse_args(argv):
-    plain = argparse.ArgumentDefaultsHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=plain)
-    p.add_argument("--results", type=Path, default=Path("results/claims.json"), help="what toy.py claims wrote")
+    p = argparse.ArgumentParser(description="The plots of docs/claims.md.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--results", type=Path, default=Path("results/claims.json"),
+                   help="file that `python toy.py claims` wrote")
     p.add_argument("--out", type=Path, default=Path("assets/claims"), help="folder of the pictures")
     return p.parse_args(argv)
 
 
-def values(found, arm, key):
+# ---------------------------------------------------------------- parts of plots
+def values(result, arm, metric):
     """A metric of an arm, of each seed that has it."""
-    return [figures[arm][key] for figures in found["seeds"].values() if figures.get(arm, {}).get(key) is not None]
+    of_seeds = [figures.get(arm, {}).get(metric) for figures in result["seeds"].values()]
+    return [value for value in of_seeds if value is not None]
 
 
-def line(axes, found, arms, xs, key, **style):
-    """Mean over the seeds against x, with the seeds' range."""
-    xs, columns = zip(*((x, column) for x, arm in zip(xs, arms) if (column := values(found, arm, key))))
-    ends = [[statistics.fmean(c) - min(c) for c in columns], [max(c) - statistics.fmean(c) for c in columns]]
-    axes.errorbar(xs, [statistics.fmean(c) for c in columns], yerr=ends, capsize=3, marker="o", **style)
+def all_arms(result):
+    return list(next(iter(result["seeds"].values())))
 
 
-def dots(axes, found, arms, series):
-    """For each arm a row, with a dot for each seed; series: {label: (metric, colour, marker)}."""
-    for label, (key, color, marker) in series.items():
-        points = [(x, len(arms) - 1 - k) for k, arm in enumerate(arms) for x in values(found, arm, key)]
-        axes.scatter([x for x, _ in points], [y for _, y in points], color=color, marker=marker, label=label, alpha=0.8)
+def line(axes, result, arms, xs, metric, **style):
+    """The mean over the seeds against x, with bars from the lowest seed to the highest. Arms
+    without the metric are left out."""
+    points = [(x, column) for x, arm in zip(xs, arms) if (column := values(result, arm, metric))]
+    means = [statistics.fmean(column) for _, column in points]
+    below = [mean - min(column) for mean, (_, column) in zip(means, points)]
+    above = [max(column) - mean for mean, (_, column) in zip(means, points)]
+    axes.errorbar([x for x, _ in points], means, yerr=[below, above], capsize=3, marker="o",
+                  **style)
+
+
+def dots(result, axes, series, xlabel, arms=None):
+    """A row for each arm, by default all, with a dot for each seed; series: {label: (metric,
+    colour, marker)}."""
+    arms = arms or all_arms(result)
+    for label, (metric, color, marker) in series.items():
+        xs, ys = [], []
+        for y, arm in enumerate(reversed(arms)):
+            column = values(result, arm, metric)
+            xs += column
+            ys += [y] * len(column)
+        axes.scatter(xs, ys, color=color, marker=marker, label=label, alpha=0.8)
     axes.set_yticks(range(len(arms)), arms[::-1])
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=8)
+    axes.set_xlabel(xlabel)
 
 
-def planted(found, axes):
-    arms = ["true rate", "one low-resolution view", "six views"]
-    dots(axes, found, arms, {"warm objects": ("warm", RED, "o"), "cold objects": ("cold", BLUE, "s")})
-    axes.set_xlabel("share of objects with a mark (true), of unmarked ones told to have one (base)")
-
-
-def layouts(found, axes):
-    dots(axes, found, list(next(iter(found["seeds"].values()))),
-         {"detail recall": ("sampled detail_recall", RED, "o"), "recall": ("sampled recall", BLUE, "s"),
-          "precision": ("sampled precision", GREY, "^")})
-    axes.set_xlabel("after SFT, at temperature 1")
-
-
-def generations(found, axes):
+# ---------------------------------------------------------------- the plots
+def generations(result, axes):
     numbers = (1, 2, 4, 8, 16)
-    for what, style in (("union", "--"), ("gated", "-")):
-        arms = [f"N = {n}, {what}" for n in numbers]
-        line(axes, found, arms, numbers, "precision", color=BLUE, linestyle=style, label=f"precision, {what}")
-        line(axes, found, arms, numbers, "recall", color=RED, linestyle=style, label=f"recall, {what}")
+    for kind, style in (("union", "--"), ("gated", "-")):
+        arms = [f"N = {n}, {kind}" for n in numbers]
+        for metric, color in (("precision", BLUE), ("recall", RED)):
+            line(axes, result, arms, numbers, metric, color=color, linestyle=style,
+                 label=f"{metric}, {kind}")
     axes.set_xscale("log", base=2)
     axes.set_xlabel("captions per image")
     axes.legend(fontsize=8)
 
 
-def gates(found, axes):
-    dots(axes, found, list(next(iter(found["seeds"].values()))),
-         {"precision": ("precision", BLUE, "s"), "recall": ("recall", RED, "o"), "F1": ("f1", GREY, "^")})
-    axes.set_xlabel("golden captions")
+def trained(result, axes):
+    series = {"F1, greedy": ("greedy f1", BLUE, "s"), "F1, sampled": ("sampled f1", RED, "o"),
+              "captions that repeat, greedy": ("greedy repeat", GREY, "x")}
+    arms = [arm for arm in all_arms(result) if arm != "golden"]
+    dots(result, axes, series, "on held-out scenes", arms)
 
 
-def arms_of(found, axes):
-    dots(axes, found, [arm for arm in next(iter(found["seeds"].values())) if arm != "golden"],
-         {"F1, greedy": ("greedy f1", BLUE, "s"), "F1, sampled": ("sampled f1", RED, "o"),
-          "captions that repeat, greedy": ("greedy repeat", GREY, "x")})
-    axes.set_xlabel("on held-out scenes")
-
-
-def rounds(found, axes):
-    for what, style in (("resolved", "-"), ("not", "--")):
-        arms = [f"{name}, {what}" for name in ("SFT", "round 1", "round 2", "round 3")]
+def rounds(result, axes):
+    names = ["SFT", "round 1", "round 2", "round 3"]
+    for kind, label, style in (("resolved", "resolved", "-"), ("not", "kept", "--")):
+        arms = [f"{name}, {kind}" for name in names]
         for way, color in (("greedy", BLUE), ("sampled", RED)):
-            line(axes, found, arms, range(4), f"{way} f1", color=color, linestyle=style,
-                 label=f"{way}, contradictions {'resolved' if what == 'resolved' else 'kept'}")
-    axes.set_xticks(range(4), ["SFT", "round 1", "round 2", "round 3"])
+            line(axes, result, arms, range(4), f"{way} f1", color=color, linestyle=style,
+                 label=f"{way}, contradictions {label}")
+    axes.set_xticks(range(4), names)
     axes.set_ylabel("F1")
     axes.legend(fontsize=8)
 
 
-def temperature(found, axes):
-    arms = [arm for arm in next(iter(found["seeds"].values()))]
-    xs = [float(arm.split()[1]) for arm in arms]
-    line(axes, found, arms, xs, "false share", color=RED, label="false statements")
-    line(axes, found, arms, xs, "planted", color=GREY, label="things with a planted one")
+def temperature(result, axes):
+    arms = all_arms(result)
+    temperatures = [float(arm.split()[1]) for arm in arms]
+    line(axes, result, arms, temperatures, "false share", color=RED,
+         label="share of statements that are false")
+    line(axes, result, arms, temperatures, "planted", color=GREY,
+         label="share of unmarked objects with a planted statement")
     axes.set_xlabel("temperature")
     axes.legend(fontsize=8)
 
 
-def forgetting(found, axes):
-    dots(axes, found, ["base", "adapters, off", "adapters", "lora", "prompt", "full"],
-         {"dense captions, F1": ("dense f1", BLUE, "s"), "questions": ("questions", GREY, "^"),
-          "marks of close-ups": ("close-up marks", RED, "o")})
-    axes.set_xlabel("the base's own tasks, after SFT")
-
-
-PLOTS = {"planted": planted, "layouts": layouts, "generations": generations, "gates": gates, "training": arms_of,
-         "lottery": arms_of, "rounds": rounds, "temperature": temperature, "forgetting": forgetting}
+PLOTS = {
+    "layouts": partial(dots, xlabel="after SFT, at temperature 1", series={
+        "detail recall": ("sampled detail_recall", RED, "o"),
+        "recall": ("sampled recall", BLUE, "s"),
+        "precision": ("sampled precision", GREY, "^")}),
+    "generations": generations,
+    "gates": partial(dots, xlabel="golden captions", series={
+        "precision": ("precision", BLUE, "s"), "recall": ("recall", RED, "o"),
+        "F1": ("f1", GREY, "^")}),
+    "training": trained,
+    "lottery": trained,
+    "rounds": rounds,
+    "temperature": temperature,
+    "forgetting": partial(dots, xlabel="the base's own tasks, after SFT", series={
+        "dense captions, F1": ("dense f1", BLUE, "s"), "questions": ("questions", GREY, "^"),
+        "marks of close-ups": ("close-up marks", RED, "o")},
+        arms=["base", "adapters, off", "adapters", "lora", "prompt", "full"]),
+}
 
 
 def main(argv=None):
@@ -117,16 +132,17 @@ def main(argv=None):
     try:
         results = json.loads(args.results.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        print(f"toy_plots.py: {args.results}: cannot be read ({error}); make it with `python toy.py claims`",
-              file=sys.stderr)
+        print(f"toy_world.plots: {args.results}: cannot be read ({error}); "
+              "`python toy.py claims` writes it", file=sys.stderr)
         return 1
     args.out.mkdir(parents=True, exist_ok=True)
     for name, plot in PLOTS.items():
         if name in results:
+            result = results[name]
             figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
-            plot(results[name], axes)
-            axes.set_title(f"{results[name]['claim']}\n{results[name]['verdict']}, {len(results[name]['seeds'])} seeds",
-                           fontsize=9)
+            plot(result, axes)
+            title = f"{result['claim']}\n{result['verdict']}, {len(result['seeds'])} seeds"
+            axes.set_title(title, fontsize=9)
             figure.savefig(args.out / f"{name}.png", dpi=110)
             pyplot.close(figure)
     return 0

@@ -1,4 +1,5 @@
-"""The steps of the toy loop: each is a command of the real scripts, run as a process, and skipped when it is done."""
+"""The steps of the toy loop. Each is a command of the real scripts, run as a process and skipped
+once it is done."""
 import contextlib
 import json
 import os
@@ -15,97 +16,137 @@ CODE = Path(__file__).resolve().parent.parent
 SFT = ("--epochs", "3", "--lr", "2e-3")
 QA = ("--max-steps", "60", "--lr", "1e-3")
 DPO = ("--epochs", "1", "--lr", "2e-3")
-LATER = ("--ce", "4")                   # from round two on, when the pairs that are left are odd: fewer captions repeat
+# From round two on most rows have no pair, and the pairs that remain are unusual ones. A larger
+# weight of the cross entropy keeps captions from repeating statements.
+LATER = ("--ce", "4")
 BATCH = ("--batch", "32", "--micro-batch", "32")
 
 
 class Loop:
-    """Runs the scripts, each as a process of its own, and skips what is there already."""
+    """Runs scripts, each as a process of its own, and skips those whose output exists."""
 
     def __init__(self, out, processes=1, log=None):
-        """log: a file for what the scripts print, instead of the screen."""
-        self.out, self.processes, self.log, self.began = out, processes, log, time.monotonic()
+        """log: a file for everything the scripts print, instead of the screen."""
+        self.out, self.processes, self.log = out, processes, log
+        self.commands = out / "commands.jsonl"
+        self.began = time.monotonic()
 
-    def tell(self, line):
+    def progress(self, line):
         minutes, seconds = divmod(int(time.monotonic() - self.began), 60)
         print(f"[{minutes:2d}:{seconds:02d}] {line}", flush=True)
 
     def run(self, makes, script, *arguments, stdout=None, stage=True):
-        """Run a script unless `makes`, the file that it gives its name only when whole, is there.
+        """Run a script of the repository unless `makes` exists.
 
-        stdout: a file for what it prints. stage: it may run under torchrun. out/commands.jsonl remembers what made
-        what: InputError where `makes` is of another command.
+        makes: a file that appears under this name only once it is complete. stdout: a file for what
+        the script prints. stage: the script may run under torchrun. InputError where the script
+        fails, and where `makes` was made by another command.
         """
-        path, record = os.path.relpath(CODE / script), self.out / "commands.jsonl"
-        mine = {"makes": str(makes.resolve()), "command": [Path(script).name, *(
-            str(argument.resolve() if isinstance(argument, Path) else argument) for argument in arguments)]}
-        ranks = ("--nproc_per_node", str(self.processes)) if stage and self.processes > 1 else ()
-        arguments = [str(argument) for argument in arguments]
-        shown = shlex.join([*(("torchrun", *ranks) if ranks else ("python",)), path, *arguments])
-        to = f" > {shlex.quote(str(stdout))}" if stdout else ""
-        self.tell(f"{'done: ' if makes.exists() else '$ '}{shown}{to}")
-        if makes.exists():
-            rows = record.read_text("utf-8").splitlines() if record.is_file() else []
-            made = {row["makes"]: row for row in map(json.loads, rows)}
-            if made.get(mine["makes"], mine) != mine:
-                raise InputError(f"{makes}: was made by another command, {shlex.join(made[mine['makes']]['command'])}; "
-                                 "delete it, and what was made from it, or give another --out")
-            return
-        command = [sys.executable, *(("-m", "torch.distributed.run", *ranks) if ranks else ()), path, *arguments]
+        words = [os.path.relpath(CODE / script), *map(str, arguments)]
+        torchrun = []
+        if stage and self.processes > 1:
+            torchrun = ["torchrun", "--nproc_per_node", str(self.processes)]
+        typed = shlex.join([*(torchrun or ["python"]), *words])
         if stdout:
-            stdout.parent.mkdir(parents=True, exist_ok=True)
+            typed += f" > {shlex.quote(str(stdout))}"
+        record = {"makes": str(makes.resolve()), "command": [script, *absolute(arguments)]}
+        if makes.exists():
+            self.progress(f"done: {typed}")
+            self.check_made_by(makes, record)
+            return
+        self.progress(f"$ {typed}")
+        module = ["-m", "torch.distributed.run", *torchrun[1:]] if torchrun else []
+        code = self.start([sys.executable, *module, *words], stdout)
+        where = f"in {self.log}" if self.log else "above"
+        if code:
+            raise InputError(f"{script} exited with {code}; fix the error reported {where} and run "
+                             "the same command again")
+        if not makes.exists():
+            raise InputError(f"{script} exited with 0 without writing {makes}; see its output "
+                             f"{where}")
+        with self.commands.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def check_made_by(self, makes, record):
+        """InputError where commands.jsonl holds another command for this file, for example after
+        the flags above were edited."""
+        if not self.commands.is_file():
+            return
+        rows = map(json.loads, self.commands.read_text("utf-8").splitlines())
+        last = {row["makes"]: row for row in rows}.get(record["makes"], record)
+        if last != record:
+            raise InputError(f"{makes}: was made by another command, {shlex.join(last['command'])};"
+                             " delete it and everything made from it, or give another --out")
+
+    def start(self, command, stdout):
+        """Run a command -> its exit code; `stdout` gets its name only if the command succeeds."""
         temporary = stdout and stdout.with_suffix(".tmp")
         with contextlib.ExitStack() as files:
-            log = files.enter_context(self.log.open("a", encoding="utf-8")) if self.log else None
-            out = files.enter_context(temporary.open("w", encoding="utf-8")) if stdout else log
-            code = run_command(command, out, log)
+            log = output = None
+            if self.log:
+                log = output = files.enter_context(self.log.open("a", encoding="utf-8"))
+            if stdout:
+                stdout.parent.mkdir(parents=True, exist_ok=True)
+                output = files.enter_context(temporary.open("w", encoding="utf-8"))
+            code = run_command(command, output, log)
         if stdout and code == 0:
             os.replace(temporary, stdout)
-        if code or not makes.exists():
-            where = f"in {self.log}" if self.log else "above"
-            raise InputError(f"{script} ended with {code}; mend what it says {where} and run the same command again")
-        with record.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(mine) + "\n")
+        return code
 
     # ---- the steps of the method
     def sft(self, base, data, out, *more, makes="adapters.json"):
-        self.run(out / makes, "sft.py", "--base", base, "--data", data / "captions.jsonl", "--out", out, *SFT, *BATCH,
-                 *more)
+        self.run(out / makes, "sft.py", "--base", base, "--data", data / "captions.jsonl",
+                 "--out", out, *SFT, *BATCH, *more)
 
     def qa(self, captioner, data, out, *more):
-        self.run(out / "adapters.json", "qa_adapter.py", "--init", captioner, "--data", data / "questions.jsonl",
-                 "--out", out, *QA, *BATCH, *more)
+        self.run(out / "adapters.json", "qa_adapter.py", "--init", captioner,
+                 "--data", data / "questions.jsonl", "--out", out, *QA, *BATCH, *more)
 
     def golden(self, captioner, qa, images, out, *more):
-        self.run(out / "golden.jsonl", "golden.py", "--images", images, "--captioner", captioner, "--qa", qa, "--out",
-                 out, *more)
+        self.run(out / "golden.jsonl", "golden.py", "--images", images, "--captioner", captioner,
+                 "--qa", qa, "--out", out, *more)
 
     def dpo(self, captioner, golden, out, *more):
-        self.run(out / "adapters.json", "dpo.py", "--init", captioner, "--data", golden / "golden.jsonl", "--out", out,
+        self.run(out / "adapters.json", "dpo.py", "--init", captioner,
+                 "--data", golden / "golden.jsonl", "--out", out, *DPO, *BATCH, *more)
+
+    def sft_on_golden(self, captioner, golden, out, *more):
+        """SFT on the chosen captions with the flags of dpo.py; the soft prompt stays frozen."""
+        self.run(out / "adapters.json", "sft.py", "--init", captioner,
+                 "--data", golden / "golden.jsonl", "--out", out, "--no-soft-prompt",
                  *DPO, *BATCH, *more)
 
     def judge(self, name, images, truth, *adapters, seed):
-        """Caption images greedily and by sampling, and score both -> {"greedy": figures, "sampled": figures}."""
-        found = {}
-        for way in ("greedy", "sampled"):
-            captions, scores = self.out / f"captions/{name}-{way}.jsonl", self.out / f"scores/{name}-{way}.json"
-            self.run(captions, "caption.py", images, *adapters, "--jsonl", "--temperature", int(way == "sampled"),
-                     "--seed", seed, stdout=captions, stage=False)
-            self.run(scores, "evaluate.py", captions, truth, "--json", scores, stdout=scores.with_suffix(".txt"),
-                     stage=False)
-            found[way] = json.loads(scores.read_text("utf-8"))
-        return found
+        """Caption images greedily and by sampling and score both: {"greedy": figures, "sampled":
+        figures}."""
+        figures = {}
+        for way, temperature in (("greedy", 0), ("sampled", 1)):
+            captions = self.out / f"captions/{name}-{way}.jsonl"
+            scores = self.out / f"scores/{name}-{way}.json"
+            self.run(captions, "caption.py", images, *adapters, "--jsonl",
+                     "--temperature", temperature, "--seed", seed, stdout=captions, stage=False)
+            figures[way] = self.scored(captions, truth, scores)
+        return figures
 
     def judge_golden(self, name, golden, truth):
-        """Score a golden file -> {"sample", "combined", "golden", "gate"}."""
-        scores = self.out / f"scores/{name}.json"
-        self.run(scores, "evaluate.py", golden / "record.jsonl", truth, "--json", scores,
+        """Score a golden folder: {"sample", "combined", "golden", "gate"}."""
+        return self.scored(golden / "record.jsonl", truth, self.out / f"scores/{name}.json")
+
+    def scored(self, captions, truth, scores):
+        """The figures of evaluate.py, which also go to the file `scores`."""
+        self.run(scores, "evaluate.py", captions, truth, "--json", scores,
                  stdout=scores.with_suffix(".txt"), stage=False)
         return json.loads(scores.read_text("utf-8"))
 
 
+def absolute(arguments):
+    """A command's arguments as text, paths absolute."""
+    return [str(argument.resolve() if isinstance(argument, Path) else argument)
+            for argument in arguments]
+
+
 def run_command(command, stdout=None, stderr=None):
-    """Run a command -> its exit code. ^C reaches it, too, and it is waited for while it saves how far it came."""
+    """Run a command -> its exit code. ^C reaches it too; it is given the time to save its state."""
     with subprocess.Popen(command, stdout=stdout, stderr=stderr) as process:
         try:
             return process.wait()
@@ -115,9 +156,13 @@ def run_command(command, stdout=None, stderr=None):
 
 
 def make_split(out, name, n, seed, wants):
-    """Draw n scenes into out/data/NAME; of their rows, write those that a stage may see beside them, truth apart."""
+    """Draw n scenes -> the folder of their pictures and the file of their truth.
+
+    wants: the kinds of rows a stage may read ("captions", "questions"), which are written next to
+    the pictures. The truth goes to another folder.
+    """
     folder, truth = out / "data" / name, out / "truth" / f"{name}.jsonl"
-    if not truth.is_file():
+    if not truth.is_file():             # it is written last
         rows = world.draw_scenes(folder, [f"{name} {seed} {i}" for i in range(n)])
         for kind in wants:
             world.write_rows(folder / f"{kind}.jsonl", rows[kind], folder)
