@@ -1,7 +1,9 @@
-"""MVMCICE, "multi view multi crop image chunking embedding": one image becomes six views at two resolutions.
+"""MVMCICE, "multi view multi crop image chunking embedding": one image becomes six views.
 
-The whole image at the model's own size, and five crops of it at twice that size: the quadrants, and the centre on which
-all four cut objects. Each view is an image of its own to the model.
+View 0 is the whole image at the model's own size. The others are crops of the image at twice that
+size: the four quadrants, and the centre, through which every border between quadrants runs. Each
+view is a separate image to the model, so small details are seen at twice the resolution without any
+change to the vision tower.
 
     image = open_image("photo.jpg")
     pixels = views(image)               # (6, 3, 448, 448)
@@ -10,35 +12,47 @@ import numpy as np
 import torch
 from PIL import Image
 
-# The six boxes, as left, top, right, bottom in fractions of the image, in the order in which the model reads them.
-# The source says six views and 448 -> 896, not which: this layout is ours. Edit the list for another.
+# The boxes, as left, top, right, bottom in fractions of the image, in the order in which the model
+# reads them. The source gives the number, six, and the sizes, 448 -> 896; the layout is our choice.
+WHOLE = (0.0, 0.0, 1.0, 1.0)
 BOXES = (
-    (0.0, 0.0, 1.0, 1.0),
+    WHOLE,
     (0.0, 0.0, 0.5, 0.5), (0.5, 0.0, 1.0, 0.5), (0.0, 0.5, 0.5, 1.0), (0.5, 0.5, 1.0, 1.0),
     (0.25, 0.25, 0.75, 0.75),
 )
+# Layouts to compare, by the name that --views takes. The centre of "six-wide" covers more of the
+# seams, at a resolution between that of the whole image and that of the quadrants.
+LAYOUTS = {
+    "six": BOXES,
+    "five": BOXES[:5],
+    "one": BOXES[:1],
+    "six-wide": (*BOXES[:5], (0.125, 0.125, 0.875, 0.875)),
+}
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
 def normalise(image):
-    """An RGB image -> (3, height, width) float32 with CLIP's mean and deviation."""
+    """An RGB image -> (3, height, width) float32, with CLIP's mean and standard deviation."""
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     return (pixels.float() / 255 - MEAN) / STD
 
 
-def views(image, size=448):
-    """An RGB image -> its views (6, 3, size, size), normalised; size is the model's image_size.
+def views(image, size=448, boxes=BOXES):
+    """An RGB image -> its views (V, 3, size, size), normalised, one for each box.
 
-    View 0 is the base model's own preprocessing, bit for bit: the image stretched to a square, PIL's bicubic filter.
-    The crops are cut from the original resized once to twice that size, never from view 0.
+    size is the model's image_size. The whole image is the base model's own preprocessing, bit for
+    bit: stretched to a square with PIL's bicubic filter. The crops come from the original, resized
+    once to twice that size, never from the small whole image.
     """
-    full = image.resize((2 * size, 2 * size), Image.BICUBIC)
-    cut = []
-    for box in BOXES:
-        if box == (0.0, 0.0, 1.0, 1.0):
-            cut.append(normalise(image.resize((size, size), Image.BICUBIC)))
+    side = 2 * size
+    full = image.resize((side, side), Image.BICUBIC) if set(boxes) != {WHOLE} else None
+    pixels = []
+    for box in boxes:
+        if box == WHOLE:
+            view = image.resize((size, size), Image.BICUBIC)
         else:
-            crop = full.crop([round(edge * 2 * size) for edge in box])
-            cut.append(normalise(crop.resize((size, size), Image.BICUBIC)))     # a crop of this size stays as it is
-    return torch.stack(cut)
+            crop = full.crop([round(edge * side) for edge in box])
+            view = crop.resize((size, size), Image.BICUBIC)     # changes nothing if it has the size
+        pixels.append(normalise(view))
+    return torch.stack(pixels)

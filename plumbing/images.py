@@ -1,4 +1,4 @@
-"""Image files of every kind -> RGB, and folders searched for them. A bad file is one line that names it."""
+"""Image files of every kind -> RGB, and folders searched for them. A bad file is one line."""
 import logging
 import os
 import warnings
@@ -9,49 +9,56 @@ from PIL import ExifTags, Image
 
 from plumbing.errors import InputError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")     # every further decoder is one more way in for a broken file
+# Every further decoder is one more way in for a broken file.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-MAX_PIXELS = 89_478_485             # a quarter of a GiB as RGB; above it an image is refused before it is decoded
-MAX_SIDE = 1_000_000                # resizing takes 32 bytes per pixel of a side: 3 GB for a line of MAX_PIXELS
-MAX_BYTES = 2 ** 30                 # of a file: Pillow reads a WebP whole, and twice, before it looks at it
+MAX_PIXELS = 89_478_485     # a quarter of a GiB as RGB; larger images are refused undecoded
+MAX_SIDE = 1_000_000        # resizing takes 32 bytes per pixel of a side: 3 GB at MAX_PIXELS
+MAX_BYTES = 2 ** 30         # of a file: Pillow reads a WebP whole, twice, before looking at it
 
-# How EXIF's orientations 2 to 8 are turned upright.
-TURNS = dict(enumerate((Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE,
-                        Image.ROTATE_270, Image.TRANSVERSE, Image.ROTATE_90), start=2))
+# How to turn upright an image with EXIF orientation 2 to 8.
+TURNS = {
+    2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
+    6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90,
+}
 
-logging.getLogger("PIL").addHandler(logging.NullHandler())      # open_image reports a bad file, once and by name
+# Pillow must not log about a bad file: open_image reports it, once and by name.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 def find_images(arguments):
-    """Files and folders -> [(path, name)]: files as they are, folders searched with their subfolders, sorted.
+    """Files and folders -> [(path, name)]: files as they are, folders with subfolders, sorted.
 
-    The name is the path within its folder; a sample's random numbers depend on it, not on where the folder lies.
+    The name is the path within its folder: a sample's random numbers depend on it, and must not
+    depend on where the folder is. An empty folder stays in the list, so that open_image reports it.
     """
-    found = []
+    images = []
     for argument in map(Path, arguments):
-        if os.path.isdir(argument):             # Path.is_dir raises for a name that is too long
-            inside = sorted(p for p in argument.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-            # an empty folder stays as itself, to be told as an image that cannot be opened
-            found += [(p, p.relative_to(argument).as_posix()) for p in inside] or [(argument, argument.name)]
-        else:
-            found.append((argument, argument.name))
-    return found
+        if not os.path.isdir(argument):         # Path.is_dir raises for a name that is too long
+            images.append((argument, argument.name))
+            continue
+        inside = sorted(path for path in argument.rglob("*")
+                        if path.suffix.lower() in SUFFIXES and path.is_file())
+        images += [(path, path.relative_to(argument).as_posix()) for path in inside]
+        if not inside:
+            images.append((argument, argument.name))
+    return images
 
 
 def open_image(path):
-    """An image file -> an RGB image, upright, alpha over white, first frame. InputError, one line, for a bad file."""
+    """An image file -> its first frame as RGB, upright, alpha over white.
+
+    InputError, one line that names the file, for whatever is wrong with it.
+    """
     path = Path(path)
     name = str(path) if str(path).isprintable() else repr(str(path))
     try:
-        if not path.is_file():                      # a pipe is none either: it would block
-            raise InputError(f"{name}: {'is a folder without images' if path.is_dir() else 'no such image file'}")
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{name}: {path.stat().st_size} bytes, more than the {MAX_BYTES} that are allowed")
+        check_file(name, path)
         with warnings.catch_warnings(), path.open("rb") as file:
-            warnings.simplefilter("ignore")         # Pillow warns of oddities on stderr; here they work or are errors
+            warnings.simplefilter("ignore")     # what Pillow warns of either works or is an error
             with Image.open(file, formats=FORMATS) as image:
                 check_size(name, *image.size)
-                image.load()                        # raises where the file is cut off
+                image.load()                    # raises where the file is cut off
                 return to_rgb(upright(image))
     except InputError:
         raise
@@ -60,24 +67,36 @@ def open_image(path):
     except Image.UnidentifiedImageError:
         raise InputError(f"{name}: cannot be read as any of {', '.join(FORMATS)}") from None
     except Exception as error:      # Pillow's decoders raise whatever a broken file leads them to
-        system = getattr(error, "strerror", None)   # the file could not be reached: nothing is known of what is in it
-        reason = system or " ".join(str(error).split()) or type(error).__name__
-        what = "cannot be read" if system else "cannot be read, the file is damaged"
-        raise InputError(f"{name}: {what} ({reason[:120]})") from None
+        if system := getattr(error, "strerror", None):      # says nothing about the contents
+            raise InputError(f"{name}: cannot be read ({system[:120]})") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{name}: cannot be read, the file is damaged ({reason[:120]})") from None
+
+
+def check_file(name, path):
+    """InputError for what is not a file (opening a pipe would block), or too large a file."""
+    if path.is_dir():
+        raise InputError(f"{name}: is a folder without images")
+    if not path.is_file():
+        raise InputError(f"{name}: no such image file")
+    if path.stat().st_size > MAX_BYTES:
+        raise InputError(f"{name}: {path.stat().st_size} bytes, more than the {MAX_BYTES} that are "
+                         "allowed")
 
 
 def check_size(name, width, height):
-    """InputError for an image that would take too much memory, or has no pixels, as its header says."""
+    """InputError for an image without pixels, or with too many, according to its header."""
     if not width or not height:
         raise InputError(f"{name}: {width}×{height} pixels, there is nothing to see")
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise InputError(f"{name}: {width}×{height} pixels; at most {MAX_PIXELS} are allowed, {MAX_SIDE} on a side")
+        raise InputError(f"{name}: {width}×{height} pixels; at most {MAX_PIXELS} are allowed, "
+                         f"{MAX_SIDE} on a side")
 
 
 def upright(image):
     """Apply the EXIF rotation; an image whose EXIF cannot be read stays as it is stored.
 
-    ImageOps.exif_transpose also writes the EXIF anew, and so fails where any other of its tags is odd.
+    ImageOps.exif_transpose also writes the EXIF anew, and so fails where any other tag is odd.
     """
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
@@ -89,18 +108,28 @@ def upright(image):
 def to_rgb(image):
     """Any Pillow mode -> RGB: alpha over white, deep images scaled to 8 bits."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image).astype(np.float32)
-        top = values.max(where=np.isfinite(values), initial=0)
-        # I;16 is 16 bits by name; I and F do not say what white is: the smallest usual level that holds every value
-        usual = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
-        white = next((level for level in usual if top <= level), top)
-        np.nan_to_num(values, copy=False, posinf=white, neginf=0)
-        values[values == image.info.get("transparency", np.nan)] = white
-        values *= 255 / white
-        return Image.fromarray(values.round(out=values).clip(0, 255, out=values).astype(np.uint8)).convert("RGB")
+        return deep_to_rgb(image)
     if image.mode == "La":
         image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def deep_to_rgb(image):
+    """A gray image of more than 8 bits -> RGB.
+
+    I;16 is 16 bits by name. Modes I and F do not say which value is white: it is taken to be the
+    smallest usual level that no pixel exceeds.
+    """
+    values = np.asarray(image).astype(np.float32)
+    top = values.max(where=np.isfinite(values), initial=0)
+    levels = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
+    white = next((level for level in levels if top <= level), top)
+    np.nan_to_num(values, copy=False, posinf=white, neginf=0)       # in place: it may be 1 GiB
+    values[values == image.info.get("transparency", np.nan)] = white
+    values *= 255 / white
+    values.round(out=values).clip(0, 255, out=values)
+    return Image.fromarray(values.astype(np.uint8)).convert("RGB")

@@ -1,8 +1,8 @@
 """Qwen's byte-level BPE tokenizer, from `qwen.tiktoken` alone.
 
-The file lists the vocabulary, a base64 token and its rank per line; the special tokens follow by position after the
-last rank, so that a small vocabulary works by the same rule as the released one. The `tokenizers` library does the
-work; it wants merges instead of ranks, and they are recovered here.
+The file lists the vocabulary, a base64 token and its rank per line. The special tokens get the ids
+after the last rank, so that a small vocabulary works by the same rule as the released one. The
+`tokenizers` library does the work; it wants merges instead of ranks, and they are recovered here.
 """
 import base64
 import re
@@ -16,19 +16,22 @@ from tokenizers.models import BPE
 
 from plumbing.errors import InputError
 
-PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-           r"|\s+(?!\S)|\s+")
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)), "<ref>", "</ref>",
-           "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>"]
+# How Qwen splits text before BPE: contractions, words, single digits, punctuation, white space.
+PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)),
+           "<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>",
+           "<img>", "</img>", "<imgpad>"]
 
 SPLIT = re.compile("(" + "|".join(map(re.escape, SPECIAL)) + ")")
 
 
 def byte_letters():
-    """One printable character for each byte, the GPT-2 table that the `tokenizers` library works in."""
+    """{byte: printable character}, GPT-2's table, in which the `tokenizers` library works."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in printable]
-    return {**{b: chr(b) for b in printable}, **{b: chr(256 + i) for i, b in enumerate(rest)}}
+    rest = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable}
+    return letters | {byte: chr(256 + i) for i, byte in enumerate(rest)}
 
 
 def read_ranks(path):
@@ -39,18 +42,21 @@ def read_ranks(path):
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; a base needs qwen.tiktoken beside its config.json") from None
+        raise InputError(f"{path}: no such file; a base needs qwen.tiktoken next to its "
+                         "config.json") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as a vocabulary of 'base64 rank' lines ({error})") from None
+        raise InputError(f"{path}: cannot be read as a vocabulary of 'base64 rank' lines "
+                         f"({error})") from None
     if not ranks or sorted(ranks.values()) != list(range(len(ranks))):
         raise InputError(f"{path}: ranks must be 0 … n-1, each once; the file is damaged")
     return ranks
 
 
 def last_merge(token, ranks):
-    """The two parts whose merge makes `token` when BPE runs on its bytes, lowest rank first; None where none does.
+    """The two parts whose merge makes `token` when BPE runs on its bytes, lowest rank first.
 
-    It is the same pair wherever the token comes up: if a merge makes it, no merge crossed its ends before.
+    None if no merge makes it. The pair is the same wherever the token occurs in a text: if a merge
+    makes it there, no earlier merge crossed its borders.
     """
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
@@ -63,10 +69,34 @@ def last_merge(token, ranks):
     return parts
 
 
+def byte_pair_encoder(ranks, first_free_id):
+    """{token bytes: rank} -> the `tokenizers` object, and {id: byte} of the bytes without a token.
+
+    Bytes that a small vocabulary lacks get ids from `first_free_id` on, so that Tokenizer.encode
+    can name what it cannot write.
+    """
+    letters = byte_letters()
+    spelled = {token: "".join([letters[byte] for byte in token]) for token in ranks}
+    vocab = {spelled[token]: rank for token, rank in ranks.items()}
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    vocab |= {letters[byte]: first_free_id + i for i, byte in enumerate(missing)}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        pair = last_merge(token, ranks) if len(token) > 1 else None
+        if pair:
+            merges.append(tuple("".join([letters[byte] for byte in part]) for part in pair))
+    encoder = FastTokenizer(BPE(vocab, merges, ignore_merges=True))
+    encoder.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return encoder, {first_free_id + i: byte for i, byte in enumerate(missing)}
+
+
 class Tokenizer:
     """Text <-> ids of the vocabulary in a folder's (or file's) qwen.tiktoken.
 
-    eos_id, image_start_id, image_end_id, image_pad_id and soft_prompt_id are ids; n_vocab counts ranks and specials.
+    eos_id, image_start_id, image_end_id, image_pad_id and soft_prompt_id are ids; n_vocab counts
+    ranks and special tokens.
     """
 
     def __init__(self, path):
@@ -78,35 +108,31 @@ class Tokenizer:
         self.image_start_id, self.image_end_id = special["<img>"], special["</img>"]
         self.image_pad_id = special["<imgpad>"]
         self._special = special
-        self._bytes = {i: token for token, i in ranks.items()} | {i: name.encode() for name, i in special.items()}
-
-        letters = byte_letters()
-        spelled = {token: "".join([letters[b] for b in token]) for token in ranks}
-        vocab = {spelled[token]: rank for token, rank in ranks.items()}
-        # bytes that a small vocabulary lacks get ids beyond it, so that encode can name what it cannot write
-        lacking = [b for b in range(256) if bytes([b]) not in ranks]
-        vocab |= {letters[b]: self.n_vocab + i for i, b in enumerate(lacking)}
-        self._lacking = {self.n_vocab + i: b for i, b in enumerate(lacking)}
-        parts = (last_merge(token, ranks) for token in sorted(ranks, key=ranks.get) if len(token) > 1)
-        merges = [tuple("".join([letters[b] for b in part]) for part in pair) for pair in parts if pair]
-        self._bpe = FastTokenizer(BPE(vocab, merges, ignore_merges=True))
-        self._bpe.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        self._bytes = {rank: token for token, rank in ranks.items()}
+        self._bytes |= {i: name.encode() for name, i in special.items()}
+        self._bpe, self._missing = byte_pair_encoder(ranks, self.n_vocab)
 
     def encode(self, text, special=False):
-        """Text -> list of ids, after NFC. Spelled special tokens such as <img> are text, unless special=True.
+        """Text -> list of ids, after NFC.
 
+        A special token spelled out in the text, such as <img>, is plain text unless special=True.
         InputError where a small vocabulary lacks a byte of the text.
         """
-        text = unicodedata.normalize("NFC", text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        # lone surrogates, which a tokenizer of bytes cannot write, become U+FFFD
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = unicodedata.normalize("NFC", text)
         ids = []
         for piece in SPLIT.split(text) if special else [text]:
-            ids += [self._special[piece]] if special and piece in self._special else self._bpe.encode(piece).ids
-        if missing := sorted({self._lacking[i] for i in ids if i in self._lacking}):
-            raise InputError(f"the vocabulary has no token for {bytes(missing)!r} in {text[:60]!r}; use other words")
+            if special and piece in self._special:
+                ids.append(self._special[piece])
+            else:
+                ids += self._bpe.encode(piece).ids
+        if missing := sorted({self._missing[i] for i in ids if i in self._missing}):
+            raise InputError(f"the vocabulary has no token for {bytes(missing)!r} in "
+                             f"{text[:60]!r}; use other words")
         return ids
 
     def decode(self, ids):
-        """Ids (any iterable of ints) -> text; broken UTF-8 becomes U+FFFD, ids outside the vocabulary nothing."""
-        return b"".join(self._bytes.get(int(i), b"") for i in ids).decode("utf-8", errors="replace")
+        """Ids (any iterable of ints) -> text; broken UTF-8 becomes U+FFFD, unknown ids nothing."""
+        text = b"".join(self._bytes.get(int(i), b"") for i in ids)
+        return text.decode("utf-8", errors="replace")

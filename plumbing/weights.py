@@ -1,10 +1,12 @@
-"""Reading a released checkpoint: where it is, whether it fits, and every tensor accounted for. Writing one, too.
+"""Checkpoints: where one is, whether it fits, reading it with every tensor checked, writing one.
 
-The weights may be one safetensors file, several with an index, or `.bin` files (pickles, read with weights_only).
+The weights may be one safetensors file, several with an index, or `.bin` files (pickles, read with
+weights_only).
 """
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -17,111 +19,166 @@ from plumbing.errors import InputError
 
 # Stored by some revisions, computed at run time by all: the only names that may be left over.
 COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias)$")
+QUANTISED = re.compile(r"\.(qweight|qzeros|scales|g_idx)$")
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+SUPPORTED = "this code runs Qwen/Qwen-VL (the 2023 float model, or a folder in its layout)"
 
 
 # ---------------------------------------------------------------- where it is
-def resolve(name_or_dir, weights=True):
-    """A folder as it is, or a Hub name -> the folder of its cached snapshot, downloaded where needed.
+def is_hub_name(name):
+    """Whether a base's name is one on the Hub, such as Qwen/Qwen-VL, and not a file or folder."""
+    return HUB_NAME.fullmatch(name) is not None and not os.path.exists(os.path.expanduser(name))
 
-    weights=False fetches only what comes before them: configuration, vocabulary and index.
+
+def resolve(name_or_dir, weights=True):
+    """A folder as it is, or a Hub name -> the folder of its cached snapshot, downloaded if needed.
+
+    weights=False fetches what is needed before the weights: configuration, vocabulary and index.
     """
     name = str(name_or_dir)
     folder = Path(os.path.expanduser(name))
-    if os.path.isdir(folder):                           # Path.is_dir raises for a name that is too long
+    if os.path.isdir(folder):                           # Path.is_dir raises for a name too long
         return folder
-    if os.path.exists(folder) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    if not is_hub_name(name):
         raise InputError(f"{name}: not a folder, and not a Hub name such as Qwen/Qwen-VL")
-    from huggingface_hub import snapshot_download
-    before = ["config.json", "qwen.tiktoken", "*.index.json"]
-    wanted = [["model*.safetensors"], ["pytorch_model*.bin"]] if weights else [before]
+    from huggingface_hub import snapshot_download  # here, since it is slow to import
+
+    small_files = ["config.json", "qwen.tiktoken", "*.index.json"]
+    attempts = [["model*.safetensors"], ["pytorch_model*.bin"]] if weights else [small_files]
     try:
-        for patterns in wanted:
+        for patterns in attempts:
             folder = Path(snapshot_download(name, allow_patterns=patterns))
             if list(folder.glob("model*.safetensors")):
                 break
-    except Exception as error:      # the Hub client's errors share no base class: network, name, access, disk
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{name}: no such folder, and the Hub did not give it ({reason[:200]}); with a network, "
-                         f"run `hf download {name}`, or give a folder with --base; the toy needs neither: "
-                         "--base assets/toy") from None
+    except Exception as error:      # the Hub client's errors share no base class
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(
+            f"{name}: no such folder, and the Hub did not deliver it ({reason}); with a network, "
+            f"run `hf download {name}`, or give a folder with --base; the toy needs neither: "
+            "--base assets/toy") from None
     return folder
 
 
 def weight_files(folder):
-    """The files that hold the weights, safetensors before .bin; those of an index in its order. InputError if none."""
+    """The files that hold the weights, safetensors before .bin. InputError if there are none."""
     for whole, index in (("model.safetensors", "model.safetensors.index.json"),
                          ("pytorch_model.bin", "pytorch_model.bin.index.json")):
         if (folder / index).is_file():
-            try:
-                weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
-                names = list(dict.fromkeys(weight_map.values()))
-            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-                raise InputError(f"{folder / index}: is not an index of shards ({error!r}); fetch it again") from None
-            for name in names:
-                if not isinstance(name, str) or Path(name).name != name:
-                    raise InputError(f"{folder / index}: names {name!r}, which is outside its folder")
-                if not (folder / name).is_file():
-                    raise InputError(f"{folder}: {name} is missing, which {index} names; fetch it again")
-            return [folder / name for name in names]
+            return shards(folder, index)
         if (folder / whole).is_file():
             return [folder / whole]
-    raise InputError(f"{folder}: holds no weights (model.safetensors, pytorch_model.bin, or shards and their index)")
+    raise InputError(f"{folder}: holds no weights (model.safetensors, pytorch_model.bin, or shards "
+                     "and their index)")
+
+
+def shards(folder, index):
+    """The files that an index names, in its order. InputError where one is missing or outside."""
+    try:
+        weight_map = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+        names = list(dict.fromkeys(weight_map.values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{folder / index}: is not an index of shards ({error!r}); "
+                         "fetch it again") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise InputError(f"{folder / index}: names {name!r}, which is outside its folder")
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: {name} is missing, which {index} names; fetch it again")
+    return [folder / name for name in names]
 
 
 def tensors(path):
-    """Yield (name, shape, read) of each tensor in a weight file; read() gives the tensor, not kept in memory after."""
+    """Yield (name, shape, read) of each tensor in a weight file; read() loads that tensor alone."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt", device="cpu") as file:
-                for name in file.keys():  # noqa: SIM118 (a safe_open handle is no dict)
-                    yield name, tuple(file.get_slice(name).get_shape()), lambda name=name: file.get_tensor(name)
+                for name in file.keys():  # noqa: SIM118 (a safe_open handle is not a dict)
+                    shape = tuple(file.get_slice(name).get_shape())
+                    yield name, shape, lambda name=name: file.get_tensor(name)
         else:
             stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            if not isinstance(stored, dict) or not all(isinstance(n, str) and is_plain(t) for n, t in stored.items()):
+            if not isinstance(stored, dict) or not all(map(is_plain, stored, stored.values())):
                 raise InputError(f"{path}: is not a dictionary of tensors")
             for name, tensor in stored.items():
                 yield name, tuple(tensor.shape), lambda tensor=tensor: tensor
     except InputError:
         raise
     except SafetensorError as error:
-        raise InputError(f"{path}: is not a whole safetensors file ({error}); fetch it again") from None
-    except Exception as error:      # torch.load has no error class of its own; an unsafe pickle ends here as well
+        raise InputError(f"{path}: is not a whole safetensors file ({error}); "
+                         "fetch it again") from None
+    except Exception as error:      # torch.load has no error class; an unsafe pickle ends here too
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise InputError(f"{path}: refused, not a plain file of tensors ({reason})") from None
 
 
-def is_plain(tensor):
-    return isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+def is_plain(name, tensor):
+    return (isinstance(name, str) and isinstance(tensor, torch.Tensor)
+            and tensor.layout == torch.strided and tensor.device.type == "cpu")
 
 
 # ---------------------------------------------------------------- its configuration
 def read_config(path):
-    """A checkpoint's config.json as a dict. InputError for another architecture, or one this code does not compute."""
-    wants = "this code runs Qwen/Qwen-VL (the 2023 float model, or a folder in its layout)"
+    """A checkpoint's config.json as a dict. InputError for a model that this code does not run."""
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as a model configuration ({error}); {wants}") from None
+        raise InputError(f"{path}: cannot be read as a model configuration ({error}); "
+                         f"{SUPPORTED}") from None
     if not isinstance(raw, dict):
-        raise InputError(f"{path}: is not a JSON object; {wants}")
+        raise InputError(f"{path}: is not a JSON object; {SUPPORTED}")
     kind = raw.get("model_type", "qwen")
     if kind != "qwen" or not isinstance(raw.get("visual"), dict):
         names = raw.get("architectures")
         name = names[0] if isinstance(names, list) and names else kind
         lacks = " without a vision tower" if kind == "qwen" else ""
-        raise InputError(f"{path}: is a {' '.join(str(name).split())} model{lacks}; {wants}")
+        raise InputError(f"{path}: is a {' '.join(str(name).split())} model{lacks}; {SUPPORTED}")
     if quantised := raw.get("quantization_config"):
-        method = quantised.get("quant_method", "quantized") if isinstance(quantised, dict) else quantised
-        raise InputError(f"{path}: is an Int4/{str(method).upper()} checkpoint; {wants}")
-    for key, value in (("rotary_pct", 1.0), ("tie_word_embeddings", False), ("scale_attn_weights", True)):
+        method = quantised
+        if isinstance(quantised, dict):
+            method = quantised.get("quant_method", "quantized")
+        raise InputError(f"{path}: is an Int4/{str(method).upper()} checkpoint; {SUPPORTED}")
+    for key, value in (("rotary_pct", 1.0), ("tie_word_embeddings", False),
+                       ("scale_attn_weights", True)):
         if raw.get(key, value) != value:
-            raise InputError(f"{path}: {key} is {raw[key]}, only {value} is supported; {wants}")
+            raise InputError(f"{path}: {key} is {raw[key]}, only {value} is supported; {SUPPORTED}")
     return raw
+
+
+def checked_config(kind, values, where=""):
+    """Make a dataclass of type `kind` from a dict, in which other keys are ignored.
+
+    InputError for a value of another type than the field's, or a number that is not above 0.
+    """
+    known = {}
+    for field in dataclasses.fields(kind):
+        if field.name not in values:
+            continue
+        name, value = where + field.name, values[field.name]
+        if dataclasses.is_dataclass(field.type):
+            known[field.name] = checked_config(field.type, value, f"{name}.")
+            continue
+        types = (int, float) if field.type is float else field.type
+        fits = isinstance(value, types) and isinstance(value, bool) == (field.type is bool)
+        if not fits or (field.type is not bool and not 0 < value < math.inf):
+            wanted = "true or false" if field.type is bool else f"{field.type.__name__} above 0"
+            raise InputError(f"config.json: {name} is {value!r}, want {wanted}")
+        known[field.name] = value
+    return kind(**known)
+
+
+def check_vocabulary(folder, tokenizer, config):
+    """InputError where qwen.tiktoken and config.json of a folder disagree about their ids."""
+    same_start = tokenizer.image_start_id == config.visual.image_start_id
+    if not same_start or tokenizer.n_vocab > config.vocab_size:
+        raise InputError(
+            f"{folder}: qwen.tiktoken puts <img> at {tokenizer.image_start_id} of "
+            f"{tokenizer.n_vocab} ids, config.json at {config.visual.image_start_id} of "
+            f"{config.vocab_size}; they belong to different models")
 
 
 # ---------------------------------------------------------------- whether it fits
 def usable_device(name):
-    """A device by its name ("cpu", "cuda", "cuda:1"). InputError where this machine does not have it."""
+    """A torch device by its name ("cpu", "cuda", "cuda:1"). InputError if this machine lacks it."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -129,7 +186,8 @@ def usable_device(name):
     if device is None or device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {name}: want cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are here; try --device cpu")
+        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA "
+                         "devices; try --device cpu")
     return device
 
 
@@ -137,11 +195,12 @@ def usual_dtype(device):
     """float32 on the CPU; on a GPU bfloat16, or float16 where it is too old for that."""
     if device.type == "cpu":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float16
 
 
 def free_bytes(device):
-    """Bytes of memory free on a device, as far as the system tells; None where it does not."""
+    """Bytes of free memory on a device, or None where the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -149,77 +208,113 @@ def free_bytes(device):
         free = int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo)[1]) * 1024
     except (OSError, TypeError):
         return None
-    try:        # a container may have less than the machine
-        limit, used, stat = (Path("/sys/fs/cgroup", f"memory.{f}").read_text() for f in ("max", "current", "stat"))
-        cached = int(re.search(r"^inactive_file (\d+)", stat, re.MULTILINE)[1])      # given back when it is needed
-        return min(free, int(limit) - int(used) + cached)
+    group = Path("/sys/fs/cgroup")          # a container may have less than the machine
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        stat = (group / "memory.stat").read_text()
+        cached = int(re.search(r"^inactive_file (\d+)", stat, re.MULTILINE)[1])
     except (OSError, ValueError, TypeError):
         return free
+    return min(free, limit - used + cached)             # the file cache is released when needed
 
 
 def check_fits(model, name, dtype, device):
-    """InputError with both numbers where the weights are larger than the memory that is free."""
+    """InputError with both numbers where the weights are larger than the free memory."""
     numbers = sum(t.numel() for t in model.state_dict().values())
     need, free = numbers * dtype.itemsize, free_bytes(device)
     if free is None or need <= free:
         return
     ways = [f"--dtype bfloat16 ({numbers * 2 / 1e9:.1f} GB)"] if dtype.itemsize > 2 else []
-    ways += ["--device cpu" if device.type == "cuda" else "a GPU (--device cuda)", "the toy (--base assets/toy)"]
-    raise InputError(f"{name}: needs {need / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')} on {device}, "
-                     f"{free / 1e9:.1f} GB are free; try {' or '.join(ways)}")
+    ways.append("--device cpu" if device.type == "cuda" else "a GPU (--device cuda)")
+    ways.append("the toy (--base assets/toy)")
+    raise InputError(
+        f"{name}: needs {need / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')} on {device}, "
+        f"{free / 1e9:.1f} GB are free; try {' or '.join(ways)}")
 
 
-# ---------------------------------------------------------------- filling
+def training_bytes(model, trained, world, rows, logits_rows):
+    """Bytes that a card needs to train on `rows` sequences of the full context with six views each.
+
+    trained {name: parameter}, in fp32: a gradient each, and Adam's two moments sharded over `world`
+    ranks. Added are the weights, one kept activation per block (the others are recomputed), the
+    widest block while it is recomputed, and `logits_rows` rows of logits with their gradients.
+    """
+    config, vision = model.config, model.config.visual
+    size = model.lm_head.weight.element_size()
+    stored = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    learning = sum(p.numel() for p in trained.values()) * (4 + 8 / world)
+    patches = rows * 6 * (vision.image_size // vision.patch_size) ** 2
+    tokens = rows * config.seq_length
+    kept_patches = patches * vision.width * vision.layers
+    kept_tokens = tokens * config.hidden_size * config.num_hidden_layers
+    vision_block = patches * vision.width * (4 + 2 * vision.mlp_ratio) * 2
+    language_block = tokens * (8 * config.hidden_size + 3 * config.intermediate_size)
+    activations = kept_patches + kept_tokens + max(vision_block, language_block)
+    logits = 3 * logits_rows * config.vocab_size * 4
+    return int(stored + learning + activations * size + logits)
+
+
+# ---------------------------------------------------------------- reading
 def fill(model, folder, dtype, device):
-    """Give a model built on the meta device its tensors from a folder, one by one, in `dtype` on `device`.
+    """Give a model built on the meta device its tensors from a folder, in `dtype` on `device`.
 
-    Host memory never holds more than what is filled so far and one tensor. Names and shapes of all shards are checked
-    first, so no error comes after minutes of reading: InputError names what is missing, left over or misshaped.
-    Returns the checkpoint's fingerprint: a hash of every tensor's name, shape and first values, whatever the files.
+    Host memory never holds more than what is filled so far and one tensor. Names and shapes of all
+    files are checked first, so that no error comes after minutes of reading: InputError names the
+    tensor that is missing, left over, misshaped or not of floating-point numbers.
+    Returns the checkpoint's fingerprint, a hash of the name, shape and first values of every
+    tensor, however the tensors are spread over files.
     """
     wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    files, found = weight_files(folder), {}
-    for path in files:
-        for name, shape, _ in tensors(path):
-            if name in found:
-                raise InputError(f"{path}: holds {name}, which {found[name]} holds too")
-            found[name] = path.name
-            if name not in wanted and not COMPUTED.search(name):
-                what = "which the model described by config.json does not have"
-                if re.search(r"\.(qweight|qzeros|scales|g_idx)$", name):
-                    what = "an Int4/GPTQ tensor; use the float checkpoint, Qwen/Qwen-VL"
-                raise InputError(f"{path}: holds {name}, {what}")
-            if name in wanted and shape != wanted[name]:
-                raise InputError(f"{path}: {name} has shape {shape}, config.json asks for {wanted[name]}")
-    if missing := [name for name in wanted if name not in found]:
-        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(f"{folder}: the weights lack {missing[0]}{others}; fetch them again")
-    marks = {}
+    files = weight_files(folder)
+    check_tensors(folder, files, wanted)
+    state, marks = {}, {}
     for path in files:
         for name, shape, read in tensors(path):
-            if name in wanted:
-                owner, _, leaf = name.rpartition(".")
-                owner = model.get_submodule(owner)
-                stored = read()
-                if not stored.is_floating_point():
-                    raise InputError(f"{path}: {name} holds {stored.dtype}, not floating-point numbers")
-                tensor = torch.empty(shape, dtype=dtype, device=device).copy_(stored)    # own memory, not the file's
-                marks[name] = f"{shape} {stored.flatten()[:256].tolist()}"
-                if leaf in owner._buffers:
-                    owner._buffers[leaf] = tensor
-                else:
-                    owner._parameters[leaf] = torch.nn.Parameter(tensor)
-    return hashlib.sha256("\n".join(f"{name} {marks[name]}" for name in sorted(marks)).encode()).hexdigest()
+            if name not in wanted:
+                continue
+            stored = read()
+            if not stored.is_floating_point():
+                raise InputError(f"{path}: {name} holds {stored.dtype}, not floating-point numbers")
+            # a copy: what is read may be a view of the file, which may change while a model runs
+            state[name] = torch.empty(shape, dtype=dtype, device=device).copy_(stored)
+            marks[name] = f"{shape} {stored.flatten()[:256].tolist()}"
+    model.load_state_dict(state, assign=True)
+    lines = (f"{name} {marks[name]}" for name in sorted(marks))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def check_tensors(folder, files, wanted):
+    """InputError unless the files hold each tensor of `wanted` {name: shape} once, and no other."""
+    file_of = {}
+    for path in files:
+        for name, shape, _ in tensors(path):
+            if name in file_of:
+                raise InputError(f"{path}: holds {name}, which {file_of[name]} holds too")
+            file_of[name] = path.name
+            if name in wanted and shape != wanted[name]:
+                raise InputError(f"{path}: {name} has shape {shape}, config.json asks for "
+                                 f"{wanted[name]}")
+            if name not in wanted and QUANTISED.search(name):
+                raise InputError(f"{path}: holds {name}, an Int4/GPTQ tensor; use the float "
+                                 "checkpoint, Qwen/Qwen-VL")
+            if name not in wanted and not COMPUTED.search(name):
+                raise InputError(f"{path}: holds {name}, which the model described by config.json "
+                                 "does not have")
+    if missing := [name for name in wanted if name not in file_of]:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{folder}: the weights lack {missing[0]}{others}; fetch them again")
 
 
 # ---------------------------------------------------------------- writing
 def write_base(model, folder, vocabulary):
-    """Write a model in the released layout: config.json, model.safetensors in bfloat16, a copy of the vocabulary."""
+    """Write a model in the released layout: config.json, bfloat16 safetensors, the vocabulary."""
     folder, vocabulary = Path(folder), Path(vocabulary).read_bytes()
+    config = {"architectures": ["QWenLMHeadModel"], "model_type": "qwen",
+              **dataclasses.asdict(model.config)}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "qwen.tiktoken").write_bytes(vocabulary)
-    config = {"architectures": ["QWenLMHeadModel"], "model_type": "qwen", **dataclasses.asdict(model.config)}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    weights = {name: tensor.detach().to("cpu", torch.bfloat16) for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors.tmp")
+    (folder / "qwen.tiktoken").write_bytes(vocabulary)
+    state = {name: t.detach().to("cpu", torch.bfloat16) for name, t in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors.tmp")
     (folder / "model.safetensors.tmp").replace(folder / "model.safetensors")

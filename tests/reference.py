@@ -1,7 +1,9 @@
-"""Qwen-VL's forward in float64, slow and plain: written from the notes on the official code, sharing nothing with
-model.py. Weights are a dict under the official names; the config is the dict of config.json.
+"""Qwen-VL's forward in float64, slow and plain: written from notes on the official code, sharing
+nothing with model.py. Weights are a dict under the official names; the config is the dict of
+config.json.
 
-Letters: B rows, L tokens of a row, C width, N images, P patches of an image, Q queries of the resampler."""
+Letters: B rows, L tokens of a row, C width, N images, P patches of an image, Q queries of the
+resampler."""
 
 import math
 
@@ -10,7 +12,8 @@ import torch.nn.functional as F
 
 
 def grid_table(table, cells):
-    """The (n, C) table of a square grid, stretched to a grid of that many cells by bicubic interpolation."""
+    """The (n, C) table of a square grid, stretched to a grid of that many cells by bicubic
+    interpolation."""
     n, width = table.shape
     if n == cells:
         return table
@@ -37,7 +40,8 @@ def linear(x, weights, name):
 
 
 def attend(q, k, v, visible=None):
-    """One head: q (q, d), k and v (k, d); visible (q, k) bool. A query that sees nothing gets zeros."""
+    """One head: q (q, d), k and v (k, d); visible (q, k) bool. A query that sees nothing gets
+    zeros."""
     scores = q @ k.T / math.sqrt(q.shape[-1])
     if visible is None:
         return scores.softmax(-1) @ v
@@ -75,7 +79,8 @@ def vision_block(x, weights, name, heads):
 
 
 def resample(x, weights):
-    """The patches (P, C) to (Q, hidden): one cross-attention, positions on the queries and the keys only."""
+    """The patches (P, C) to (Q, hidden): one cross-attention, positions on the queries and the keys
+    only."""
     name = "transformer.visual.attn_pool"
     kv = x
     if name + ".kv_proj.weight" in weights:
@@ -95,8 +100,8 @@ def resample(x, weights):
 
 
 def encode_image(image, weights, config):
-    """One image (3, S, S) to its embeddings, with what comes before them: vit_out (P, C), resampler_out (Q, hidden),
-    image_embeds (Q, hidden)."""
+    """One image (3, S, S) to its embeddings, with what comes before them: vit_out (P, C),
+    resampler_out (Q, hidden), image_embeds (Q, hidden)."""
     name = "transformer.visual"
     x = patches_of(image, weights)
     x = x + grid_table(weights[name + ".positional_embedding"], len(x))
@@ -152,8 +157,8 @@ def forward(
 ):
     """Everything from ids (B, L) and images (N, 3, S, S) to the logits (B, L, vocab), in float64.
 
-    mask (B, L) is 1 at real tokens; logits at the others mean nothing. alpha overrides the NTK factor; spans are
-    looked for in the first prompt_length slots only (all, when None)."""
+    mask (B, L) is 1 at real tokens; logits at the others mean nothing. alpha overrides the NTK
+    factor; spans are looked for in the first prompt_length slots only (all, when None)."""
     weights = {name: w.detach().double() for name, w in weights.items()}
     n_rows, length = ids.shape
     mask = torch.ones(n_rows, length, dtype=torch.bool) if mask is None else mask.bool()
@@ -164,14 +169,14 @@ def forward(
         out["vit_out"], out["resampler_out"], out["image_embeds"] = (
             torch.stack(parts) for parts in zip(*encoded)
         )
-        found = 0
+        n_spans = 0
         for row in range(n_rows):
             for slot in range(length if prompt_length is None else prompt_length):
                 if ids[row, slot] == config["visual"]["image_start_id"]:
-                    embeds = out["image_embeds"][found]
+                    embeds = out["image_embeds"][n_spans]
                     hidden[row, slot + 1 : slot + 1 + len(embeds)] = embeds
-                    found += 1
-        assert found == len(images), f"{found} spans, {len(images)} images"
+                    n_spans += 1
+        assert n_spans == len(images), f"{n_spans} spans, {len(images)} images"
     out["hidden_spliced"] = hidden.clone()
     if alpha is None:
         alpha = ntk_alpha(config, length, training)
@@ -191,8 +196,9 @@ def forward(
 
 
 def greedy(weights, config, ids, images, mask, steps):
-    """The ids (B, steps) the official cached greedy decoding picks, and the logits (B, steps, vocab) they are picked
-    from. Everything is recomputed each step, with the NTK factor of the prompt's length."""
+    """The ids (B, steps) that the official cached greedy decoding picks, and the logits (B, steps,
+    vocab) that they are picked from. Everything is recomputed at each step, with the NTK factor of
+    the prompt's length."""
     mask = torch.ones_like(ids) if mask is None else mask.to(ids.dtype)
     length = ids.shape[1]
     alpha = ntk_alpha(config, length)

@@ -1,4 +1,5 @@
-"""Adapters and the soft prompt: nothing when fresh, switched, stacked, saved, and refused where they do not belong."""
+"""Adapters and the soft prompt: nothing when fresh, switched, stacked, saved, and refused where
+they do not belong."""
 
 import json
 import platform
@@ -6,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import adapters
-from model import CAPTION_PROMPT, QwenVL
+from chunking import LAYOUTS
+from model import CAPTION_PROMPT, QwenVL, Rotary
 from plumbing.errors import InputError
 
 
@@ -115,11 +118,16 @@ def test_three_adapters_stack_in_the_order_that_below_asks_for(tiny_model):
         assert {slot.stack for slot, _ in adapters.slots(tiny_model, (tower,))} == {stack}
     for name in ("zero", "one", "second", "two"):
         shake(tiny_model, name)
-    slot, x = tiny_model.transformer.h[1].mlp_slot, torch.randn(2, 128)
-    by_hand = x
+    block, x = tiny_model.transformer.h[1], torch.randn(1, 5, 128)
+    rotary = Rotary(torch.arange(5)[None], 1, tiny_model.config, training=False)
+    y = block.attn(block.ln_1(x), rotary, None)
     for name in expected["language"]:
-        by_hand = slot[name](by_hand)
-    assert torch.equal(slot(x), by_hand)
+        y = block.attn_slot[name](y)
+    h = x + y
+    y = block.mlp(block.ln_2(h))
+    for name in expected["language"]:
+        y = block.mlp_slot[name](y)
+    assert torch.equal(block(x, rotary, None), h + y)
 
 
 def test_attaching_freezes_what_was_there_and_switching_does_not_thaw_it(tiny_model):
@@ -174,8 +182,8 @@ def test_the_soft_prompt_starts_as_the_prompts_embeddings_and_takes_their_places
     assert torch.equal(vectors, tiny_model.transformer.wte.weight[ids]) and vectors.requires_grad
     here = torch.tensor([[False, *[True] * len(ids), False], [False] * (len(ids) + 2)])
     x = torch.randn(2, len(ids) + 2, 128)
-    found = tiny_model.soft_prompts["caption"](x, here)
-    assert torch.equal(found[0, 1:-1], vectors) and torch.equal(found[~here], x[~here])
+    actual = tiny_model.soft_prompts["caption"](x, here)
+    assert torch.equal(actual[0, 1:-1], vectors) and torch.equal(actual[~here], x[~here])
     vectors.data[3] += 1
     with adapters.active(tiny_model, []):
         assert tiny_model.caption_prompt(1) == tiny_model.image_prompt(1, CAPTION_PROMPT)
@@ -232,11 +240,8 @@ def test_soft_prompt_slots_come_whole_or_not_at_all(tiny_model):
 def test_lora_is_its_formula_beside_a_frozen_layer(tiny_model):
     trains = adapters.attach(tiny_model, "caption", kind="lora", reduction=4)
     shake(tiny_model, "caption")
-    slot, layer = (
-        tiny_model.transformer.h[0].attn.lora_slot,
-        tiny_model.transformer.h[0].attn.c_attn,
-    )
-    lora, x = slot["caption"], torch.randn(3, 5, 128)
+    attn, x = tiny_model.transformer.h[0].attn, torch.randn(3, 5, 128)
+    lora = attn.lora_slot["caption"]
     assert (
         lora.down.weight.shape == (4, 128)
         and lora.up.weight.shape == (3 * 128, 4)
@@ -244,9 +249,12 @@ def test_lora_is_its_formula_beside_a_frozen_layer(tiny_model):
     )
     update = 2 * (x.double() @ lora.down.weight.double().T) @ lora.up.weight.double().T
     torch.testing.assert_close(lora(x).double(), update, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(
-        slot.beside(x, layer(x)).double(), layer(x).double() + update, atol=1e-5, rtol=1e-5
-    )
+    rotary = Rotary(torch.arange(5)[None], 1, tiny_model.config, training=False)
+    actual = attn(x, rotary, None)
+    hook = attn.c_attn.register_forward_hook(lambda *call: (call[2].double() + update).float())
+    with adapters.active(tiny_model, []):
+        torch.testing.assert_close(attn(x, rotary, None), actual, atol=1e-5, rtol=1e-5)
+    hook.remove()
     assert lora(x.bfloat16()).dtype == torch.bfloat16 and lora.up.weight.dtype == torch.float32
     assert len(trains) == 2 * 3  # down and up, at three blocks of two towers
 
@@ -432,7 +440,8 @@ def test_the_model_card_names_base_stage_parent_and_sizes(trained, tiny_base, tm
     )
     text = (tmp_path / "dpo" / "README.md").read_text(encoding="utf-8")
     _, head, body = text.split("---\n", 2)
-    assert dict(line.split(": ", 1) for line in head.splitlines())["base_model"] == str(tiny_base)
+    head = yaml.safe_load(head)
+    assert head == {"library_name": "pytorch", "tags": ["image-captioning", "adapter"]}
     count = sum(trained.get_parameter(n).numel() for n in adapters.names_of(trained, "caption"))
     for expected in (
         "# dpo\n",
@@ -446,6 +455,72 @@ def test_the_model_card_names_base_stage_parent_and_sizes(trained, tiny_base, tm
         assert expected in body
     adapters.save(trained, tmp_path / "sft", "caption", stage="sft", parent=None)
     assert "stage `sft`." in (tmp_path / "sft" / "README.md").read_text() and "{" not in text
+
+
+def test_the_model_card_names_a_base_of_the_hub_and_never_a_folder(trained, tmp_path, monkeypatch):
+    """base_model must be a repository on the Hub: a path there is refused, and means nothing to
+    others."""
+    trained.base = "Qwen/Qwen-VL"
+    adapters.save(trained, tmp_path / "sft", "caption", stage="sft")
+    head, body = (tmp_path / "sft" / "README.md").read_text(encoding="utf-8").split("---\n", 2)[1:]
+    assert yaml.safe_load(head)["base_model"] == "Qwen/Qwen-VL"
+    assert "[Qwen/Qwen-VL](https://huggingface.co/Qwen/Qwen-VL)" in body
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "assets" / "toy").mkdir(parents=True)
+    for folder in ("assets/toy", str(tmp_path / "assets" / "toy"), "~/toy"):
+        trained.base = folder
+        adapters.save(trained, tmp_path / "sft", "caption", stage="sft")
+        text = (tmp_path / "sft" / "README.md").read_text(encoding="utf-8")
+        assert "base_model" not in text and f"`{folder}`" in text
+
+
+# ---------------------------------------------------------------- views
+def test_the_views_of_a_folder_come_back_and_old_folders_have_six(trained, folder, tmp_path):
+    for name, boxes in LAYOUTS.items():
+        adapters.save(trained, tmp_path / name, "caption", stage="sft", views=boxes)
+        assert adapters.views_of(tmp_path / name) == boxes
+        assert adapters.views_of(tmp_path / name, name) == boxes
+        assert adapters.views_of(None, name) == boxes
+    assert "views" not in json.loads((folder / "adapters.json").read_text())
+    assert adapters.views_of(folder) == adapters.views_of(None) == LAYOUTS["six"]
+    with pytest.raises(InputError, match=r"--views five: .*the views six-wide; leave") as caught:
+        adapters.views_of(tmp_path / "six-wide", "five")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="--views one"):
+        adapters.views_of(folder, "one")
+
+
+def test_views_of_an_edited_layout_are_kept(trained, tmp_path):
+    boxes = ((0.0, 0.0, 1.0, 1.0), (0.1, 0.2, 0.3, 0.4))
+    adapters.save(trained, tmp_path / "sft", "caption", stage="sft", views=boxes)
+    assert adapters.views_of(tmp_path / "sft") == boxes
+    with pytest.raises(InputError, match=r"0\.3, 0\.4"):
+        adapters.views_of(tmp_path / "sft", "six")
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        "six",
+        [],
+        None,
+        6,
+        [[0, 0, 1]],
+        [[0, 0, 1, 1], "box"],
+        [[0, 0, 1, 2]],
+        [[0.5, 0, 0.5, 1]],
+        [[0, 1, 1, 0]],
+        [[0, 0, 1, None]],
+        [[0, 0, float("nan"), 1]],
+        [[0, 0, True, "1"]],
+    ],
+)
+def test_views_that_are_no_boxes_are_refused(folder, boxes):
+    path = folder / "adapters.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "views": boxes}))
+    with pytest.raises(InputError, match="not a list of boxes") as caught:
+        adapters.views_of(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_soft_prompt_alone_is_saved_and_loaded(tiny_base, tiny_model, tmp_path):
@@ -482,7 +557,8 @@ def test_only_attached_adapters_are_saved(tiny_model, tmp_path):
 def test_a_full_disk_while_saving_leaves_the_folder_as_it_was(
     tiny_base, trained, folder, expected, monkeypatch, fails_at
 ):
-    """Saving other adapters over a folder, with the disk full at the tensors, the model card or the description."""
+    """Saving other adapters over a folder, with the disk full at the tensors, the model card or the
+    description."""
     new = QwenVL.from_pretrained(tiny_base)
     adapters.attach(new, "caption", ("language",), reduction=8)
     written = []
@@ -511,7 +587,8 @@ def test_a_full_disk_while_saving_leaves_the_folder_as_it_was(
     assert adapters.load(QwenVL.from_pretrained(tiny_base), folder)["reduction"] == 8
 
 
-# ---------------------------------------------------------------- QA adapters, below their captioner
+# ---------------------------------------------------------------- QA adapters, below their
+# captioner
 def save_qa(base, captioner, folder):
     """A trained QA adapter for the captioner in a folder -> the model that has both."""
     model = QwenVL.from_pretrained(base)

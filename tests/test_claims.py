@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import math
+import random
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -200,6 +201,14 @@ FITTING = {
     "temperature": (
         {"temperature 0": {"false share": 0.1}, "temperature 1": {"false share": 0.3}},
         [("temperature 1", "false share", 0.2)],
+    ),
+    "prior": (
+        {
+            arm + base: {"f1": f1}
+            for base in ("", ", weak base")
+            for arm, f1 in (("calibrated", 0.8), ("corrected", 0.9))
+        },
+        [("corrected", "f1", 0.7), ("corrected, weak base", "f1", 0.7)],
     ),
     "order": (
         {
@@ -586,6 +595,7 @@ def bench(tmp_path_factory):
             (toy_lab, "LRS", ("1e-3",)),
             (toy_lab, "BETAS", {loss: betas[:1] for loss, betas in BETAS.items()}),
             (toy_experiments, "ASKED", 40),
+            (toy_experiments, "WEAK", ("--steps", "1", "--batch", "2")),
         ):
             patch.setattr(module, name, value)
         patch.setattr(
@@ -630,6 +640,14 @@ EXPECTED = {  # name: (its arms, keys that all of them have)
     "temperature": (
         {f"temperature {heat}" for heat in TEMPERATURES},
         {"false share", "planted", "P(yes) of false", "P(yes) of planted"},
+    ),
+    "prior": (
+        {
+            arm + base
+            for base in ("", ", weak base")
+            for arm in ("pool", "calibrated", "corrected", "0.5", "0.8", "0.9")
+        },
+        set(),
     ),
     "order": (
         {"SFT", "SFT, ordered captions", "CE on own samples, ordered", "CE on golden"},
@@ -847,6 +865,40 @@ def test_every_gate_judges_the_same_samples_by_its_own_rule(measure, lab):
     settings = json.loads((lab.out / "golden-rule-1/settings.json").read_text())["compose"]
     assert settings["threshold"] == 0.5 and settings["resolve"] is True
     assert figures["single samples"]["recall"] < figures["no gate"]["recall"]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.94])
+def test_the_share_of_true_statements_is_found_from_p_yes(share):
+    """P(yes) calibrated on halves: for p, odds of true against false are p / (1 - p)."""
+    rng = random.Random(0)
+    p_yes = []
+    for _ in range(20_000):
+        x = rng.gauss(1 if rng.random() < share else -1, 1)  # log p / (1 - p) is then 2 x
+        p_yes.append(1 / (1 + math.exp(-2 * x)))
+    assert toy_experiments.share_of_true(p_yes) == pytest.approx(share, abs=0.02)
+    assert 0 < toy_experiments.share_of_true([0.0, 0.0]) < 0.01
+    assert 0.99 < toy_experiments.share_of_true([1.0, 1.0]) < 1
+
+
+def test_a_corrected_threshold_is_where_the_posterior_is_that_of_the_threshold():
+    assert toy_experiments.corrected(0.4, 0.5) == pytest.approx(0.4)
+    assert toy_experiments.corrected(0.5, 0.9) == pytest.approx(0.1)
+    assert toy_experiments.corrected(0.5, 0.2) == pytest.approx(0.8)
+
+
+def test_golden_captions_by_another_threshold_are_of_the_same_samples(measure, lab):
+    figures, commands = measure("prior")
+    golden_runs = [command for command in commands if command[0] == "golden.py"]
+    assert len(golden_runs) == 10 and sum("--threshold" in command for command in golden_runs) == 8
+    for suffix in ("", "-weak"):
+        names = [f"golden-prior{suffix}", f"golden-prior{suffix}-0.9"]
+        rows = [stages.read_rows(lab.out / name / "record.jsonl") for name in names]
+        assert [row["samples"] for row in rows[0]] == [row["samples"] for row in rows[1]]
+        kept = [s for row in rows[1] for s in row["statements"] if s["kept"]]
+        assert all(s["p_yes"] >= 0.9 for s in kept)
+    assert figures["pool"] != figures["pool, weak base"]
+    weak = adapters.read_card(lab.out / "sft-weak")["base"]
+    assert Path(weak).name == "weak-base" and adapters.read_card(lab.out / "sft")["base"] != weak
 
 
 def test_at_temperature_0_there_is_one_sample(measure, lab):

@@ -1,4 +1,5 @@
-"""Decoding: the cache against recomputation, samples against separate runs, their random numbers, loops, questions."""
+"""Decoding: the cache against recomputation, samples against separate runs, their random numbers,
+loops, questions."""
 
 import base64
 import math
@@ -28,7 +29,8 @@ def plain_logits(model, ids, pixels, mask=None):
 # ---------------------------------------------------------------- cache
 @pytest.mark.parametrize("padded", [False, True])
 def test_cached_decoding_equals_recomputing(tiny_model, padded):
-    """Two rows with two images each, 30 tokens on; every step's logits against the whole sequence without a cache."""
+    """Two rows with two images each, 30 tokens on; every step's logits against the whole sequence
+    without a cache."""
     ids = torch.tensor([tiny_model.caption_prompt(V)] * 2)
     mask = torch.ones_like(ids, dtype=torch.bool)
     if padded:  # the second row five slots shorter
@@ -48,7 +50,8 @@ def test_cached_decoding_equals_recomputing(tiny_model, padded):
 
 
 def test_one_prefix_for_n_samples_equals_n_prefixes(tiny_model):
-    """3 images × 4 samples that take different tokens: the logits of each as if it had its own sequence."""
+    """3 images × 4 samples that take different tokens: the logits of each as if it were a separate
+    sequence."""
     prompt = tiny_model.caption_prompt(V)
     pixels, tokens = (
         images(3),
@@ -99,7 +102,8 @@ def test_greedy_leaves_the_mode_as_it_was_and_refuses_right_padding(tiny_model):
 
 # ---------------------------------------------------------------- samples
 def test_samples_do_not_depend_on_the_batch(tiny_model):
-    """The same captions one image at a time, all together, in another order, and among more samples."""
+    """The same captions one image at a time, all together, in another order, and among more
+    samples."""
     pixels, names = images(3), ["a.png", "sub/b.png", "c.png"]
     together = sample(tiny_model, pixels, names, 3, 12, 1.0, 0.9, seed=5)
     for i in range(3):
@@ -141,8 +145,10 @@ def test_temperature_zero_is_greedy(tiny_model):
             if tiny_model.tokenizer.eos_id in row
             else row
         )
-        said = [i for i in kept[: result["tokens"]] if i < tiny_model.tokenizer.eos_id]
-        assert result["caption"] == tiny_model.tokenizer.decode(said) and result["tokens"] > 0
+        caption_ids = [i for i in kept[: result["tokens"]] if i < tiny_model.tokenizer.eos_id]
+        assert (
+            result["caption"] == tiny_model.tokenizer.decode(caption_ids) and result["tokens"] > 0
+        )
 
 
 def test_senseless_arguments_are_refused(tiny_model):
@@ -164,7 +170,8 @@ def test_a_temperature_next_to_zero_is_greedy(tiny_model):
 
 
 def test_float16_does_not_overflow_where_attention_is_sharp(tiny_base):
-    """q·k beyond 65,504 before it is scaled: the cached step must be as finite as the uncached one."""
+    """q·k beyond 65,504 before it is scaled: the cached step must be as finite as the uncached
+    one."""
     model = QwenVL.from_pretrained(tiny_base, torch.float16)
     for block in model.transformer.h:
         block.attn.c_attn.bias.data[:256] = 60.0
@@ -218,7 +225,8 @@ def test_choose_never_takes_what_has_no_probability():
 
 # ---------------------------------------------------------------- why a caption ends
 def say(model, text_ids, then):
-    """Make a model say a fixed sequence: a chain of one-hot embeddings through a model whose blocks do nothing."""
+    """Make a model say a fixed sequence: a chain of one-hot embeddings through a model whose blocks
+    do nothing."""
     with torch.no_grad():
         for block in model.transformer.h:
             block.attn.c_proj.weight.zero_()
@@ -237,22 +245,22 @@ def finish_of(model, limit=None, **more):
 
 
 def test_ends_at_the_end_token(tiny_model):
-    said = tiny_model.tokenizer.encode(" red circle, top")
-    result = finish_of(say(tiny_model, said, tiny_model.tokenizer.eos_id))
-    assert result == {"caption": " red circle, top", "finish": "eos", "tokens": len(said)}
+    caption_ids = tiny_model.tokenizer.encode(" red circle, top")
+    result = finish_of(say(tiny_model, caption_ids, tiny_model.tokenizer.eos_id))
+    assert result == {"caption": " red circle, top", "finish": "eos", "tokens": len(caption_ids)}
 
 
 def test_ends_when_a_statement_repeats_itself(tiny_model):
-    said = tiny_model.tokenizer.encode(" blue ring, red circle,")
-    result = finish_of(say(tiny_model, said, said[3]))
+    caption_ids = tiny_model.tokenizer.encode(" blue ring, red circle,")
+    result = finish_of(say(tiny_model, caption_ids, caption_ids[3]))
     assert result["finish"] == "repeat"
     assert result["caption"] == " blue ring, red circle, red circle, red circle"
     assert without_loop(result["caption"]).rstrip(" ,") == " blue ring, red circle"
 
 
 def test_ends_when_a_word_repeats_without_end(tiny_model):
-    said = tiny_model.tokenizer.encode(" red red")[:1]
-    result = finish_of(say(tiny_model, said, said[0]))
+    caption_ids = tiny_model.tokenizer.encode(" red red")[:1]
+    result = finish_of(say(tiny_model, caption_ids, caption_ids[0]))
     assert result["finish"] == "repeat" and result["tokens"] == generate.LOOP_TOKENS
 
 
@@ -294,20 +302,21 @@ def test_a_loop_is_shown_once():
 
 # ---------------------------------------------------------------- questions
 def test_packed_questions_equal_one_at_a_time(tiny_model):
-    """P(yes) of 40 questions in one forward, and each alone from the full logits of its own sequence."""
+    """P(yes) of 40 questions in one forward, and each alone from the full logits of its own
+    sequence."""
     questions = [
         f"Does the image show {'top-left ' * (i % 4)}{'red circle' if i % 3 else 'x' * i}?"
         for i in range(40)
     ]
     pixels = images(1)[0]
-    found = yes_probability(tiny_model, pixels, questions)
+    actual = yes_probability(tiny_model, pixels, questions)
     encode = tiny_model.tokenizer.encode
     sides = [
         [encode(w)[0] for w in words if len(encode(w)) == 1]
         for words in ((" Yes", "Yes", " yes", "yes"), (" No", "No", " no", "no"))
     ]
     assert all(len(side) >= 3 for side in sides)
-    for p, question in zip(found.tolist(), questions):
+    for p, question in zip(actual.tolist(), questions):
         ids = tiny_model.image_prompt(V, f"{question} Answer:")
         last = plain_logits(tiny_model, [ids], pixels)[0, -1].double().exp()
         yes, no = (last[side].sum().item() for side in sides)

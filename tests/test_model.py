@@ -1,8 +1,8 @@
-"""model.py against the official numbers, against an independent float64 reference, and against itself: packed
+"""model.py against the official numbers, an independent float64 reference, and itself: packed
 branches, padding, checkpointing, positions.
 
-Random tiny models have weights of a size that lets every part matter, the position table of the resampler included.
-"""
+Random tiny models have weights of a size that lets every part matter, the position table of the
+resampler included."""
 
 import json
 import math
@@ -16,19 +16,9 @@ from safetensors.torch import load_file
 
 import adapters
 import generate
-from model import (
-    Config,
-    QwenVL,
-    RMSNorm,
-    Rotary,
-    Slot,
-    VisionConfig,
-    layout,
-    ntk_alpha,
-    resize_table,
-    sincos_table,
-)
+from model import LOGITS_AT_ONCE, Config, QwenVL, RMSNorm, Rotary, Slot, VisionConfig
 from plumbing.errors import InputError
+from plumbing.positions import layout, ntk_alpha, resize_table, sincos_table
 
 FIXTURES = Path(__file__).parent / "fixtures"
 IMG, END, PAD, VOCAB = 314, 315, 316, 320  # the ids of the tiny models; text is below IMG
@@ -136,17 +126,17 @@ def gradients(model, loss):
     """The gradient of every parameter by name; every parameter must get one."""
     model.zero_grad(set_to_none=True)
     loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    actual = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
-    return found
+    return actual
 
 
-def assert_same_gradients(found, expected, tolerance=1e-5):
+def assert_same_gradients(actual, expected, tolerance=1e-5):
     """Gradients agree to `tolerance` of each one's largest number."""
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, expected_grad in expected.items():
         assert expected_grad.abs().max() > 0, name
-        assert gap(found[name], expected_grad) < tolerance * max(
+        assert gap(actual[name], expected_grad) < tolerance * max(
             1, expected_grad.abs().max().item()
         ), name
 
@@ -154,7 +144,8 @@ def assert_same_gradients(found, expected, tolerance=1e-5):
 # ---------------------------------------------------------------- official numbers
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
-    """The official tiny model -> (model, what the official code computed, the rest of its numbers)."""
+    """The official tiny model -> (model, what the official code computed, the rest of its
+    numbers)."""
     meta = json.loads((FIXTURES / "qwenvl_tiny.json").read_text())
     path = tmp_path_factory.mktemp("official") / "config.json"
     path.write_text(json.dumps(meta["model"]))
@@ -173,9 +164,9 @@ def test_reference_equals_official_numbers(official):
         io["pixel_values"],
         io["attention_mask"],
     )
-    found = reference.forward(*args)
+    actual = reference.forward(*args)
     for name in ("vit_out", "resampler_out", "image_embeds", "hidden_spliced", "logits"):
-        assert gap(found[name], io[name]) < 2e-5, name
+        assert gap(actual[name], io[name]) < 2e-5, name
     assert gap(reference.forward(*args, training=True)["logits"], io["logits_train"]) < 2e-5
     ids, step_logits = reference.greedy(*args, steps=16)
     assert ids.equal(io["greedy_ids"])
@@ -235,14 +226,14 @@ def test_official_loss_and_gradients(official):
         io["labels"],
     )
     assert loss.item() == pytest.approx(meta["loss_train"], abs=1e-5)
-    found = gradients(model, loss)
-    assert found.keys() == meta["grad_norm"].keys()
+    actual = gradients(model, loss)
+    assert actual.keys() == meta["grad_norm"].keys()
     for name, expected_norm in meta["grad_norm"].items():
-        assert found[name].norm().item() == pytest.approx(expected_norm, rel=1e-4), name
+        assert actual[name].norm().item() == pytest.approx(expected_norm, rel=1e-4), name
     stored = [name for name in io if name.startswith("grad.")]
     assert len(stored) == 4
     for name in stored:
-        assert gap(found[name[5:]], io[name]) < 2e-5, name
+        assert gap(actual[name[5:]], io[name]) < 2e-5, name
 
 
 def test_official_greedy(official):
@@ -260,7 +251,8 @@ def test_official_greedy(official):
 
 
 def test_resampler_position_table_is_a_buffer(official):
-    """It is stored in the checkpoint, and nothing trains it, even when the resampler is unfrozen."""
+    """It is stored in the checkpoint, and nothing trains it, even when the resampler is
+    unfrozen."""
     model, _, meta = official
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     assert [*buffers] == meta["no_grad_params"] == ["transformer.visual.attn_pool.pos_embed"]
@@ -282,7 +274,8 @@ def test_resize_table_equals_official():
 def test_sincos_table_equals_official():
     stored = load_file(FIXTURES / "posembed.safetensors")
     assert gap(sincos_table(16, 16), stored["sincos_16x16x16"]) < 1e-6
-    # at full width, the fixture keeps the 16 rows of the diagonal; fp32 angles differ in their last digits
+    # at full width, the fixture keeps the 16 rows of the diagonal; fp32 angles differ in their last
+    # digits
     assert gap(sincos_table(16, 4096)[::17], stored["sincos_4096_grid16_sub"]) < 5e-6
 
 
@@ -307,7 +300,7 @@ def test_slots_add_no_names_until_filled():
 
 @torch.no_grad()
 def test_fresh_adapters_change_nothing_and_active_ones_act():
-    """The slots stand where adapters.py needs them: in the residual branches of every block."""
+    """The slots are where adapters.py needs them, in the residual branches of every block."""
     model, _ = tiny()
     ids, images = torch.tensor([[*span(), *text(5)]]), pictures(1)
     plain = model(ids, images)
@@ -363,7 +356,7 @@ def test_six_images_in_a_row_equal_reference():
     images = pictures(6)
     logits = model(ids, images)
     assert gap(logits, referred(model, raw, ids, images)["logits"]) < 1e-4
-    assert gap(model(ids, images.flip(0)), logits) > 0.1, "which image stands where must matter"
+    assert gap(model(ids, images.flip(0)), logits) > 0.1, "the order of the images must matter"
 
 
 CONTEXTS = [
@@ -407,7 +400,8 @@ def test_ntk_alpha_at_full_size():
 
 @torch.no_grad()
 def test_train_mode_forgets_a_long_context():
-    """The official code trains on with the NTK base of the last long evaluation; ours must not."""
+    """The official code keeps training with the NTK base of the last long evaluation; this must
+    not."""
     model, _ = tiny(seq_length=32)
     ids = torch.tensor([text(20)])
     before = model.train()(ids)
@@ -428,7 +422,8 @@ def test_train_mode_forgets_a_long_context():
     ids=["into logn", "from alpha 3 past 64", "no-ntk", "no-logn", "hidden 256"],
 )
 def test_greedy_across_seq_length_equals_reference(length, steps, switches):
-    """Decoding keeps the alpha of its prefill, counts absolute slots for logn, and pads count as slots."""
+    """Decoding keeps the alpha of its prefill, counts absolute slots for logn, and pads count as
+    slots."""
     model, raw = tiny(seed=length, seq_length=32, **switches)
     prompts = [[*text(3), *span(), *text(length - 9)], [*span(), *text(length - 12, seed=1)]]
     ids, mask = pad_rows(prompts)
@@ -465,8 +460,9 @@ def packed(prefix, branches):
 
 
 def separate_logits(model, prefix, branches, images, pads=0):
-    """What packing must equal, (len(packed), vocab): the prefix's logits from the shortest continuation, then those of
-    each branch, every sequence in a call of its own behind `pads` slots of left padding."""
+    """What packing must equal, (len(packed), vocab): the prefix's logits from the shortest
+    continuation, then those of each branch, every sequence in a separate call behind `pads` slots
+    of left padding."""
     mask = torch.tensor([[False] * pads + [True] * 10_000])
     outs = []
     for b in branches:
@@ -477,7 +473,8 @@ def separate_logits(model, prefix, branches, images, pads=0):
 
 
 def two_rows():
-    """Rows of different lengths, images and numbers of branches: [(prefix, branches)], the images of each."""
+    """Rows of different lengths, images and numbers of branches: [(prefix, branches)], the images
+    of each."""
     rows = [
         ([*text(3), *span(), *text(4)], [text(5, 1), text(2, 2), text(7, 3)]),
         ([*span(), *text(1), *span(), *text(3, 4)], [text(3, 5), text(1, 6)]),
@@ -486,7 +483,8 @@ def two_rows():
 
 
 def pack_rows(rows, left, padding_branch=0):
-    """The rows in one batch -> ids, mask, branch (B, L); the padding belongs to the prefix, or to another branch."""
+    """The rows in one batch -> ids, mask, branch (B, L); the padding belongs to the prefix, or to
+    another branch."""
     made = [packed(*row) for row in rows]
     ids, mask = pad_rows([ids for ids, _ in made], left)
     branch, _ = pad_rows([labels for _, labels in made], left, fill=padding_branch)
@@ -496,7 +494,8 @@ def pack_rows(rows, left, padding_branch=0):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 def test_packed_equals_separate(side, training):
-    """Logits, and gradients of all parameters, of continuations that share their prefix in one sequence."""
+    """Logits, and gradients of all parameters, of continuations that share their prefix in one
+    sequence."""
     model, _ = tiny(seed=3)
     model.train(training)
     rows, images = two_rows()
@@ -509,8 +508,8 @@ def test_packed_equals_separate(side, training):
         torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))
         / logits.numel() ** 0.5
     )
-    found = gradients(model, (logits * weights).sum())
-    assert_same_gradients(found, gradients(model, (expected_logits * weights).sum()))
+    actual = gradients(model, (logits * weights).sum())
+    assert_same_gradients(actual, gradients(model, (expected_logits * weights).sum()))
 
 
 @torch.no_grad()
@@ -527,11 +526,11 @@ def test_branches_do_not_see_each_other():
 @torch.no_grad()
 def test_order_of_branch_tokens_does_not_matter():
     """Branches may be interleaved token by token, and their numbers are only names."""
-    model, _ = tiny(seed=5, seq_length=32)
+    model, _ = tiny(seed=5, seq_length=16)
     prefix, branches = (
         [*span(), *text(8)],
-        [text(6, 1), text(12, 2), text(25, 3)],
-    )  # 20, 26 and 39 long
+        [text(6, 1), text(12, 2), text(18, 3)],
+    )  # 20, 26 and 32 long: alpha is 3 for all
     ids, labels = (torch.tensor(t) for t in packed(prefix, branches))
     images = pictures(1)
     expected = model(ids[None], images, branch=labels[None])[0]
@@ -542,55 +541,51 @@ def test_order_of_branch_tokens_does_not_matter():
         order += [at[turn].pop(0)] if at[turn] else []
     order = torch.tensor(order)
     names = torch.tensor([0, 7, 2, 5])
-    found = model(ids[order][None], images, branch=names[labels[order]][None])[0]
-    assert gap(found, expected[order]) < 1e-5
+    actual = model(ids[order][None], images, branch=names[labels[order]][None])[0]
+    assert gap(actual, expected[order]) < 1e-5
 
 
 @torch.no_grad()
 def test_packed_length_is_no_context_length():
-    """Eval mode: 12 branches make a row of 112 tokens, each sequence has at most 32; NTK and logn stay off."""
+    """Eval mode: 12 branches make a row of 112 tokens, each sequence has at most 32; NTK and logn
+    stay off."""
     model, _ = tiny(seed=6, seq_length=32)
     prefix, branches = [*span(), *text(10)], [text(8, k) for k in range(11)] + [text(16, 11)]
     ids, labels = packed(prefix, branches)
     assert len(ids) > 3 * 32
     images = pictures(1)
-    found = model(torch.tensor([ids]), images, branch=torch.tensor([labels]))[0]
-    assert gap(found, separate_logits(model, prefix, branches, images)) < 1e-5
+    actual = model(torch.tensor([ids]), images, branch=torch.tensor([labels]))[0]
+    assert gap(actual, separate_logits(model, prefix, branches, images)) < 1e-5
     assert (
-        gap(found, model.train()(torch.tensor([ids]), images, branch=torch.tensor([labels]))[0])
+        gap(actual, model.train()(torch.tensor([ids]), images, branch=torch.tensor([labels]))[0])
         == 0
     )
 
 
-LENGTHS = {
-    "one on each side": (6, 30),
-    "alpha 1, 3 and 7": (60, 6, 20, 90),
-    "edge: 32 and 33": (16, 17),
-    "all in alpha 3": (20, 40),
-    "all in alpha 7": (60, 70),
-}
+LENGTHS = {"all in alpha 3": (20, 40), "its edges": (17, 48, 30), "all in alpha 7": (60, 70)}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("pads", [0, 5])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-def test_branches_on_both_sides_of_seq_length(lengths, pads):
-    """Each branch is computed with the alpha and the logn of its own sequence; the prefix goes with the shortest."""
+def test_branches_beyond_seq_length_equal_separate_sequences(lengths, pads):
+    """Each branch is computed with the alpha and the logn of its separate sequence; all need the
+    same alpha."""
     model, raw = tiny(seed=7, seq_length=32)
-    prefix, branches = [*span(), *text(10)], [text(n, k) for k, n in enumerate(lengths)]
+    prefix, branches = [*span(), *text(10 - pads)], [text(n, k) for k, n in enumerate(lengths)]
     ids, labels = packed(prefix, branches)
     images = pictures(1)
     mask = torch.tensor([[False] * pads + [True] * len(ids)])
-    found = model(
+    actual = model(
         torch.tensor([[0] * pads + ids]),
         images,
         mask if pads else None,
         torch.tensor([[0] * pads + labels]),
     )[0, pads:]
     expected = separate_logits(model, prefix, branches, images, pads)
-    assert gap(found, expected) < 3e-5
+    assert gap(actual, expected) < 3e-5
     assert (
-        gap(found, model.train()(torch.tensor([ids]), images, branch=torch.tensor([labels]))[0])
+        gap(actual, model.train()(torch.tensor([ids]), images, branch=torch.tensor([labels]))[0])
         > 1e-2
     )
     alone = referred(
@@ -600,7 +595,16 @@ def test_branches_on_both_sides_of_seq_length(lengths, pads):
         images,
         mask[:, : pads + len(prefix) + lengths[-1]],
     )["logits"][0, -lengths[-1] :]
-    assert gap(found[-lengths[-1] :], alone) < 1e-4
+    assert gap(actual[-lengths[-1] :], alone) < 1e-4
+
+
+def rows_beyond_seq_length():
+    """Rows with branches of 33 to 64 tokens, of different prefixes; seq_length is 32."""
+    return [
+        ([*span(), *text(20)], [text(7, 1), text(20, 2)]),
+        ([*span(), *text(12)], [text(23, 3), text(30, 4)]),
+        ([*span(), *text(28)], [text(8, 5), text(2, 6), text(25, 7)]),
+    ]
 
 
 @torch.no_grad()
@@ -612,31 +616,29 @@ def test_branches_on_both_sides_of_seq_length(lengths, pads):
 @pytest.mark.parametrize(
     "switches", [{}, {"ntk": False}, {"logn": False}], ids=["both", "no-ntk", "no-logn"]
 )
-def test_rows_on_both_sides_of_seq_length(left, padding_branch, switches):
-    """A batch of a short row, a row across 32 and a row beyond it; and positions picked from it."""
+def test_rows_beyond_seq_length_equal_separate_sequences(left, padding_branch, switches):
+    """A batch of rows of different lengths beyond seq_length; and positions picked from it."""
     model, _ = tiny(seed=8, seq_length=32, **switches)
-    rows = [
-        ([*span(), *text(2)], [text(3, 1), text(4, 2)]),
-        ([*span(), *text(12)], [text(3, 3), text(30, 4)]),
-        ([*span(), *text(28)], [text(8, 5), text(2, 6), text(40, 7)]),
-    ]
-    images = pictures(3)
+    rows, images = rows_beyond_seq_length(), pictures(3)
     ids, mask, branch = pack_rows(rows, left, padding_branch)
-    found = model(ids, images, mask, branch)
+    actual = model(ids, images, mask, branch)
     for row, (prefix, branches) in enumerate(rows):
         pads = int((~mask[row]).sum()) if left else 0
         expected = separate_logits(model, prefix, branches, images[row : row + 1], pads)
-        assert gap(found[row][mask[row]], expected) < 1e-5
+        assert gap(actual[row][mask[row]], expected) < 1e-5
     ends = mask & (branch != branch.roll(-1, 1))
-    assert gap(model(ids, images, mask, branch, positions=ends), found[ends]) < 1e-5
+    picked = torch.stack([row.nonzero()[[0, -1], 0] for row in ends])  # two of each row's ends
+    expected = torch.stack([actual[row, at] for row, at in enumerate(picked)])
+    assert gap(model(ids, images, mask, branch, positions=picked), expected) < 1e-5
 
 
-def test_gradients_across_seq_length():
-    """Eval mode: the gradients of branches with different alphas are those of the separate sequences."""
+def test_gradients_beyond_seq_length():
+    """Eval mode: the gradients of branches that need the same alpha are those of separate
+    sequences."""
     model, _ = tiny(seed=10, seq_length=32)
     prefix, branches, images = (
         [*span(), *text(10)],
-        [text(6, 1), text(30, 2), text(60, 3)],
+        [text(18, 1), text(30, 2), text(48, 3)],
         pictures(1),
     )
     ids, labels = packed(prefix, branches)
@@ -646,8 +648,53 @@ def test_gradients_across_seq_length():
         torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))
         / logits.numel() ** 0.5
     )
-    found = gradients(model, (logits * weights).sum())
-    assert_same_gradients(found, gradients(model, (expected_logits * weights).sum()))
+    actual = gradients(model, (logits * weights).sum())
+    assert_same_gradients(actual, gradients(model, (expected_logits * weights).sum()))
+
+
+MIXED = {
+    "one on each side": (6, 30),
+    "alpha 1, 3 and 7": (60, 6, 20, 90),
+    "edge: 32 and 33": (16, 17),
+    "edge: 64 and 65": (48, 49),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pads", [0, 5])
+@pytest.mark.parametrize("lengths", MIXED.values(), ids=MIXED.keys())
+def test_branches_that_need_different_rotary_bases_are_refused(lengths, pads):
+    """Their prefix can be computed with one only. Without NTK, and in training, there is nothing to
+    refuse."""
+    model, _ = tiny(seed=7, seq_length=32)
+    prefix, branches = [*span(), *text(10 - pads)], [text(n, k) for k, n in enumerate(lengths)]
+    ids, labels = packed(prefix, branches)
+    args = torch.tensor([[0] * pads + ids]), pictures(1)
+    mask = torch.tensor([[False] * pads + [True] * len(ids)]) if pads else None
+    branch = torch.tensor([[0] * pads + labels])
+    shortest, longest = 16 + min(lengths), 16 + max(lengths)
+    with pytest.raises(InputError, match=f"of {shortest} to {longest} tokens") as error:
+        model(*args, mask, branch)
+    assert "\n" not in str(error.value)
+    assert model.train()(*args, mask, branch).isfinite().all()
+    without, _ = tiny(seed=7, seq_length=32, ntk=False)
+    assert without(*args, mask, branch).isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+def test_rows_that_need_different_rotary_bases_are_refused(left):
+    """Each row alone is fine, but their batch has one table of angles."""
+    model, _ = tiny(seed=8, seq_length=32)
+    rows = [([*span(), *text(2)], [text(3, 1), text(4, 2)]), *rows_beyond_seq_length()[1:]]
+    ids, mask, branch = pack_rows(rows, left)
+    with pytest.raises(InputError, match="different rotary bases"):
+        model(ids, pictures(3), mask, branch)
+    for row, (prefix, branches) in enumerate(rows):
+        ids, labels = packed(prefix, branches)
+        alone = model(torch.tensor([ids]), pictures(3)[row : row + 1], None, torch.tensor([labels]))
+        expected = separate_logits(model, prefix, branches, pictures(3)[row : row + 1])
+        assert gap(alone[0], expected) < 1e-5
 
 
 @torch.no_grad()
@@ -667,8 +714,6 @@ def test_positions_pick_from_the_full_logits():
     images = pictures(2)
     full = model(ids, images, mask)
     assert full.shape == (2, 12, VOCAB)
-    chosen = mask & (torch.arange(12) > 8)
-    assert gap(model(ids, images, mask, positions=chosen), full[chosen]) < 1e-5
     assert gap(model(ids, images, mask, positions=torch.tensor([11])), full[:, 11:]) < 1e-5
     assert (
         gap(model(ids, images, mask, positions=torch.tensor([10, 7, 11])), full[:, [10, 7, 11]])
@@ -677,14 +722,81 @@ def test_positions_pick_from_the_full_logits():
     own = torch.tensor([[6, 11], [10, 9]])
     expected = torch.stack([full[0, [6, 11]], full[1, [10, 9]]])
     assert gap(model(ids, images, mask, positions=own), expected) < 1e-5
-    nothing = model(ids, images, mask, positions=torch.zeros_like(mask))
-    assert nothing.shape == (0, VOCAB)
+    nothing = model(ids, images, mask, positions=torch.zeros(2, 0, dtype=torch.int64))
+    assert nothing.shape == (2, 0, VOCAB)
+
+
+def logp_example(model, K=100):
+    """Two rows with K positions each, some of them padding -> arguments of forward, full log-probs
+    (B, K)."""
+    ids, mask = pad_rows([[*span(), *text(30)], [*span(), *text(22, 1)]], left=False)
+    rng = torch.Generator().manual_seed(3)
+    last = mask.sum(1).tolist()
+    positions = torch.stack([torch.randint(0, n, (K,), generator=rng) for n in last])
+    logp_of = torch.randint(0, VOCAB, (2, K), generator=rng)
+    logp_of[0, 70:] = logp_of[1, 95:] = -100
+    args = dict(ids=ids, images=pictures(2), mask=mask, positions=positions)
+    full = model(**args).float().log_softmax(-1)
+    expected = full.gather(2, logp_of.clamp(min=0)[..., None])[..., 0].masked_fill(logp_of < 0, 0)
+    return {**args, "logp_of": logp_of}, expected
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_logp_of_is_the_log_softmax_of_the_logits_and_so_are_its_gradients(training):
+    """More tokens than LOGITS_AT_ONCE, so that they come in chunks; padding is 0 and gives no
+    gradient."""
+    model, _ = tiny(seed=12)
+    model.train(training)
+    args, expected = logp_example(model)
+    actual = model(**args)
+    assert actual.shape == (2, 100) and actual.dtype == torch.float32
+    assert int((args["logp_of"] >= 0).sum()) > 2 * LOGITS_AT_ONCE
+    assert gap(actual, expected) < 1e-5 and not actual[args["logp_of"] < 0].any()
+    weights = torch.randn(actual.shape, generator=torch.Generator().manual_seed(5)) / 10
+    expected_grads = gradients(model, (expected * weights).sum())
+    assert_same_gradients(gradients(model, (actual * weights).sum()), expected_grads)
+
+
+def test_logp_of_computes_no_logits_for_padding_and_never_many_at_once():
+    model, _ = tiny(seed=12)
+    args, _ = logp_example(model)
+    rows = []
+    hook = model.lm_head.register_forward_hook(lambda head, x, logits: rows.append(len(logits)))
+    with torch.no_grad():
+        model(**args)
+    hook.remove()
+    assert sum(rows) == int((args["logp_of"] >= 0).sum()) == 165 and max(rows) == LOGITS_AT_ONCE
+
+
+def test_logp_of_nothing_but_padding_is_zero_with_zero_gradients():
+    """As on a rank whose rows are all broken: every trained parameter must still get a gradient."""
+    model, _ = tiny(seed=12)
+    args, _ = logp_example(model)
+    args["logp_of"] = torch.full_like(args["logp_of"], -100)
+    actual = model(**args)
+    assert actual.shape == (2, 100) and not actual.any()
+    assert not any(g.any() for g in gradients(model, actual.sum()).values())
+    args |= {"positions": torch.zeros(2, 0, dtype=torch.int64), "logp_of": args["logp_of"][:, :0]}
+    assert model(**args).shape == (2, 0)
+
+
+@torch.no_grad()
+def test_logp_of_without_positions_or_with_the_same_ones_for_all_rows():
+    model, _ = tiny(seed=12)
+    ids, images = torch.tensor([[*span(), *text(6)], [*span(), *text(6, 1)]]), pictures(2)
+    logp_of = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)  # every next token
+    full = model(ids, images).log_softmax(-1)
+    expected = full[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
+    assert gap(model(ids, images, logp_of=logp_of)[:, :-1], expected) < 1e-5
+    actual = model(ids, images, positions=torch.tensor([3, 8]), logp_of=ids[:, [4, 9]])
+    assert gap(actual, expected[:, [3, 8]]) < 1e-5
 
 
 # ---------------------------------------------------------------- checkpointing, padding, precision
-@pytest.mark.parametrize("seq_length", [2048, 16], ids=["one pass", "a pass per alpha"])
+@pytest.mark.parametrize("seq_length", [2048, 14], ids=["short", "beyond seq_length"])
 def test_checkpointing_changes_no_gradient(seq_length):
-    """Every block of both towers runs again in the backward pass, and loss and gradients stay the same."""
+    """Every block of both towers runs again in the backward pass, and loss and gradients stay the
+    same."""
     model, _ = tiny(seed=13, seq_length=seq_length, vision_layers=2)
     rows, images = two_rows()
     ids, mask, branch = pack_rows(rows, left=True)
@@ -714,7 +826,8 @@ def test_checkpointing_changes_no_gradient(seq_length):
 @pytest.mark.parametrize("branched", [False, True], ids=["plain", "branches"])
 @pytest.mark.parametrize("seq_length", [2048, 16])
 def test_padding_gives_no_nan(seq_length, branched):
-    """Not even a row of nothing but padding, which changes nothing for the others; forward and backward."""
+    """Not even a row of nothing but padding, which changes nothing for the others; forward and
+    backward."""
     model, _ = tiny(seed=14, seq_length=seq_length)
     ids, mask = pad_rows([[*span(), *text(14)], text(5, 1), []])
     branch = (
@@ -723,7 +836,7 @@ def test_padding_gives_no_nan(seq_length, branched):
         else None
     )
     images = pictures(1)
-    assert layout(20, mask, branch)[1].any(-1).all(), (
+    assert layout(ids, mask, branch)[1].any(-1).all(), (
         "a query that sees nothing is NaN in some attention kernels"
     )
     logits = model(ids, images, mask, branch)
@@ -769,7 +882,8 @@ def test_bf16_is_close(seq_length):
 
 
 def test_rms_norm_casts_before_it_scales():
-    """In bf16 the order of rounding is the official one: statistics in fp32, cast, then the weight."""
+    """In bf16 the order of rounding is the official one: statistics in fp32, cast, then the
+    weight."""
     norm = RMSNorm(64, 1e-6).bfloat16()
     rng = torch.Generator().manual_seed(17)
     x, weight = (torch.randn(shape, generator=rng).bfloat16() for shape in ((50, 64), (64,)))
@@ -785,7 +899,8 @@ def test_rms_norm_casts_before_it_scales():
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_freezing_and_no_grad_change_no_bit(training):
-    """Log-probs of a frozen reference are compared with those of what trains: they must start out equal."""
+    """Log-probs of a frozen reference are compared with those of what trains: they must start out
+    equal."""
     model, _ = tiny(seed=18)
     model.train(training)
     ids, mask = pad_rows([[*span(), *text(9)], [*span(), *text(4, 1)]])
@@ -922,9 +1037,10 @@ def test_unsuitable_configs_are_refused(tmp_path, content, expected_message):
 
 @pytest.mark.parametrize("alpha", [1, 3, 7])
 def test_angles_of_far_tokens_are_the_official_ones_bit_for_bit(alpha):
-    """Full head width, 8000 tokens: fp32 angles formed in another order differ in the fourth digit there."""
+    """Full head width, 8000 tokens: fp32 angles formed in another order differ in the fourth digit
+    there."""
     config, place = Config(), torch.arange(8000)[None]
-    rotary = Rotary.at(place, alpha, config, training=False)
+    rotary = Rotary(place, alpha, config, training=False)
     base = 10000 * alpha ** (128 / 126)
     expected_inv_freq = 1.0 / (base ** (torch.arange(0, 128, 2).float() / 128))
     expected = torch.outer(torch.arange(8000).float(), expected_inv_freq)

@@ -1,4 +1,5 @@
-"""The tokenizer against the official one's ids, and against tiktoken on vocabularies and texts made at random."""
+"""The tokenizer against the official one's ids, and against tiktoken on vocabularies and texts made
+at random."""
 
 import base64
 import json

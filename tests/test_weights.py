@@ -1,4 +1,5 @@
-"""Reading checkpoints: every layout, every tensor accounted for, and each kind of damage one clear line."""
+"""Reading checkpoints: every layout, every tensor accounted for, and each kind of damage one clear
+line."""
 
 import json
 import pickle
@@ -89,7 +90,8 @@ def test_known_buffers_of_other_revisions_may_be_left_over(base):
 
 
 def test_the_model_does_not_live_in_the_file(base):
-    """Weights overwritten on disk while a model runs must not change it (nor kill it with a bus error)."""
+    """Weights overwritten on disk while a model runs must not change it (nor kill it with a bus
+    error)."""
     model = QwenVL.from_pretrained(base)
     before = model.lm_head.weight.clone()
     with (base / "model.safetensors").open("r+b") as file:

@@ -32,6 +32,8 @@ FEW = {"images": "few", "n": 400}       # the scenes of experiments that train o
 ASKED = 300                             # scenes with direct questions, and those for `planted`
 SHORT = 72              # tokens: 36 of the views, 6 of the prompt, 30 for a caption, which has 26
                         # on average if it is golden
+WEAK = ("--steps", "1500")              # of toy.py pretrain; the shipped base has 6000
+FIXED = (.5, .8, .9)                    # thresholds on P(yes) to compare with the calibrated one
 THRESHOLDS = (.01, .1, .3, .5, .7, .9, .99)
 TEMPERATURES = (0, .5, .75, 1, 1.25, 1.5)
 LAYOUTS = {"1 view": "one", "5 views": "five", "6 views": "six",
@@ -129,6 +131,69 @@ def gates(lab):
         figures[arm] = selected(scores["golden"])
         figures["single samples"] = selected(scores["sample"])
     return figures
+
+
+def prior(lab):
+    """Golden captions of one pool by the calibrated threshold, by that threshold corrected for the
+    pool's share of true statements, and by fixed ones; on the base, and on one that errs."""
+    figures = thresholds(lab, "")
+    base, lab.base = lab.base, weak_base(lab)
+    weak = thresholds(lab, "-weak")
+    lab.base = base
+    return figures | {f"{arm}, weak base": of for arm, of in weak.items()}
+
+
+def weak_base(lab):
+    """The toy base after a quarter of its training, the same for all seeds."""
+    folder = lab.out.parent / "weak-base"
+    lab.run(folder / "model.safetensors", "toy.py", "pretrain", *WEAK, "--out", folder,
+            stage=False)
+    return folder
+
+
+def thresholds(lab, suffix):
+    """{arm: figures of the golden captions, and the threshold}; "pool" describes the statements."""
+    sft = lab.sft_model(f"sft{suffix}")
+    calibrated = adapters.read_card(lab.qa_of(sft))["threshold"]
+    folder, scores = lab.golden_of(sft, f"golden-prior{suffix}", "--min-statements", 1, **FEW)
+    p_yes = [statement["p_yes"] for row in toy_rows(folder / "record.jsonl")
+             for statement in row.get("statements", [])]
+    share = share_of_true(p_yes)
+    figures = {"pool": {"share of true": scores["gate"]["base_rate"], "estimated share": share},
+               "calibrated": selected(scores["golden"]) | {"threshold": calibrated}}
+    arms = {"corrected": corrected(calibrated, share), **{str(t): t for t in FIXED}}
+    for arm, threshold in arms.items():
+        name = f"golden-prior{suffix}-{arm}"
+        _, scores = lab.golden_of(sft, name, "--min-statements", 1, "--threshold",
+                                  f"{threshold:.4f}", **FEW)
+        figures[arm] = selected(scores["golden"]) | {"threshold": threshold}
+    return figures
+
+
+def share_of_true(p_yes, steps=200):
+    """The share of true statements, estimated from P(yes) of a model calibrated on halves.
+
+    If true statements get the same P(yes) as questions whose answer is yes do, and false ones as
+    those whose answer is no, a pool with a share s of true statements has the posterior odds
+
+        odds(true) = odds(p) · s / (1 - s),   odds(p) = p / (1 - p)
+
+    and s is the mean of these posteriors: the fixed point that EM finds (Saerens et al. 2002,
+    https://doi.org/10.1162/089976602753284446).
+    """
+    odds = [p / (1 - p) for p in (min(max(p, 1e-6), 1 - 1e-6) for p in p_yes)]
+    share = 0.5
+    for _ in range(steps):
+        prior_odds = share / (1 - share)
+        share = statistics.fmean(o * prior_odds / (1 + o * prior_odds) for o in odds)
+        share = min(max(share, 1e-6), 1 - 1e-6)
+    return share
+
+
+def corrected(threshold, share):
+    """The threshold on P(yes) at which the posterior of share_of_true reaches `threshold`."""
+    odds = threshold / (1 - threshold) * (1 - share) / share
+    return odds / (1 + odds)
 
 
 def temperature(lab):
