@@ -30,7 +30,7 @@ from torch import nn
 
 from chunking import LAYOUTS
 from model import CAPTION_PROMPT, Slot
-from plumbing import data, weights
+from plumbing import files, weights
 from plumbing.errors import InputError
 
 TOWERS = ("vision", "language")
@@ -256,9 +256,9 @@ def save(model, folder, name, **more):
             **model.attached[name], **more,
             "versions": {"torch": torch.__version__, "python": platform.python_version()}}
     readme = model_card(folder, card, sum(tensor.numel() for tensor in tensors.values()))
-    with data.whole(folder / "adapters.json") as json_file, \
-            data.whole(folder / "README.md") as readme_file, \
-            data.whole(folder / "adapters.safetensors") as tensor_file:     # renamed last to first
+    with files.whole(folder / "adapters.json") as json_file, \
+            files.whole(folder / "README.md") as readme_file, \
+            files.whole(folder / "adapters.safetensors") as tensor_file:     # renamed last to first
         save_file(tensors, tensor_file)
         readme_file.write_text(readme, encoding="utf-8")
         json_file.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")

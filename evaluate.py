@@ -32,7 +32,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from plumbing import data
+from plumbing import data, files
 from plumbing.arguments import count_or_none
 from plumbing.errors import InputError
 from plumbing.scoring import normal, pooled, ratio, score, score_golden, tally
@@ -324,7 +324,7 @@ def main(argv=None):
         else:
             show({args.captions: figures})
         if args.json:
-            data.write_json(args.json, {**figures, "arguments": vars(args)})
+            files.write_json(args.json, {**figures, "arguments": vars(args)})
     except InputError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 1

@@ -14,6 +14,7 @@ import torch
 
 from model import causal_attention
 from plumbing.errors import InputError
+from plumbing.positions import ntk_alpha
 from plumbing.weights import free_bytes
 
 COPIES = 3              # a statement this many times in a row is a loop
@@ -267,13 +268,18 @@ def yes_and_no(tokenizer):
     return sides
 
 
-def packed_rows(questions, room):
-    """Lists of ids, in order -> lists of as many of them as fit in `room` tokens, at least one."""
-    rows, used = [], 0
+def packed_rows(questions, n_prefix, seq_length):
+    """Lists of ids, in order -> lists of neighbours that can be packed behind one prefix.
+
+    Each has at most MAX_PACKED tokens (but at least one question), and the questions in it need the
+    same NTK base: those that reach beyond the context, which is rare, are packed apart.
+    """
+    rows, used, alpha = [], 0, None
     for ids in questions:
-        if not rows or used + len(ids) > room:
+        needed = ntk_alpha(n_prefix + len(ids), seq_length)
+        if not rows or n_prefix + used + len(ids) > MAX_PACKED or needed != alpha:
             rows.append([])
-            used = 0
+            used, alpha = 0, needed
         rows[-1].append(ids)
         used += len(ids)
     return rows
@@ -283,9 +289,8 @@ def yes_probability(model, views, questions):
     """P(yes) of each question about one image, each asked alone -> (M,) float32.
 
     views (V, 3, S, S); questions (M) as text, asked as `{question} Answer:`. All are packed behind
-    one image prefix and cannot see each other, in one forward, or in several where they are more
-    than MAX_PACKED tokens. P(yes) is the softmax mass of the yes tokens against the no tokens at
-    the first answer position.
+    one image prefix and cannot see each other, in one forward, or in several (see packed_rows).
+    P(yes) is the softmax mass of the yes tokens against the no tokens at the first answer position.
     """
     device = model.lm_head.weight.device
     yes, no = yes_and_no(model.tokenizer)
@@ -293,7 +298,7 @@ def yes_probability(model, views, questions):
     encoded = [model.tokenizer.encode(f"{question} Answer:") for question in questions]
     parts = [torch.zeros(0, device=device)]
     with evaluating(model):
-        for row in packed_rows(encoded, MAX_PACKED - len(prefix)):
+        for row in packed_rows(encoded, len(prefix), model.config.seq_length):
             ids = prefix + [token for question in row for token in question]
             ids = torch.tensor([ids], device=device)                              # (1, L)
             lengths = torch.tensor([len(prefix), *map(len, row)], device=device)

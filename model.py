@@ -7,9 +7,9 @@ reads. Modules are named as in the released checkpoint, so that its state dict f
     model = QwenVL.from_pretrained("Qwen/Qwen-VL")      # or a folder in its layout: assets/toy
     logits = model(ids, images)                         # (B, L, vocab)
 
-One image, many continuations: with `branch`, one sequence holds a prefix (branch 0) and several
-continuations of it (branch 1, 2, ...) that do not see each other. Six views are 1548 tokens and a
-caption is a few dozen, so ViT and prefix run once for all the captions of an image.
+One image, many continuations: with `branch`, one sequence holds a prefix (0) and continuations of
+it (1, 2, ...) that do not see each other: see `layout`. Six views are 1548 tokens and a caption is
+a few dozen, so ViT and prefix run once for all the captions of an image.
 
 Letters for shapes, here and in all other files: B batch, N images, V views of an image, S image
 side in pixels, P patches, Q queries of the resampler, L tokens, K positions picked from them, D
@@ -25,8 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from plumbing import weights
-from plumbing.errors import InputError
-from plumbing.positions import batch_alpha, layout, resize_table, sincos_table
+from plumbing.positions import batch_alpha, resize_table, sincos_table
 from plumbing.tokenizer import Tokenizer
 
 CAPTION_PROMPT = "Generate the caption in English:"     # Qwen-VL's own, for captions without boxes
@@ -67,20 +66,7 @@ class Config:
     visual: VisionConfig = field(default_factory=VisionConfig)
 
     def __post_init__(self):
-        head, v = self.kv_channels, self.visual
-        rules = {
-            "kv_channels must be even and above 2": head > 2 and head % 2 == 0,
-            "kv_channels × num_attention_heads must equal hidden_size":
-                head * self.num_attention_heads == self.hidden_size,
-            "visual.output_dim must equal hidden_size": v.output_dim == self.hidden_size,
-            "visual.output_dim must be a multiple of 128": v.output_dim % 128 == 0,
-            "visual.width must be a multiple of visual.heads": v.width % v.heads == 0,
-            "visual.n_queries must be a square": math.isqrt(v.n_queries) ** 2 == v.n_queries,
-            "visual.patch_size must divide visual.image_size": v.image_size % v.patch_size == 0,
-        }
-        for rule, holds in rules.items():
-            if not holds:
-                raise InputError(f"config.json: {rule}")
+        weights.check_rules(self)
 
     @classmethod
     def from_json(cls, path):
@@ -165,8 +151,7 @@ def vision_block(c):
 class CrossAttention(nn.Module):
     """Queries (Q, D) shared by all images, keys and values (N, P, D) -> (N, Q, D).
 
-    nn.MultiheadAttention's tensors, not its code, which rounds differently once frozen.
-    """
+    nn.MultiheadAttention's tensors, not its code, which rounds differently once frozen."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -316,14 +301,34 @@ def language_block(c):
     return Block(ln_1, Attention(c), ln_2, MLP(c))
 
 
+def layout(ids, mask, branch):
+    """The logical position of each token, place (B or 1, L), and what it may attend to.
+
+    A token sees what is before it of the prefix and of its own branch. Its position counts these,
+    padding included, and not the other branches. allowed (B, 1, L, L) bool, None for plain causal.
+    """
+    L, device = ids.shape[1], ids.device
+    if mask is None and branch is None:
+        return torch.arange(L, device=device)[None], None
+    allowed = torch.ones(L, L, dtype=torch.bool, device=device).tril()[None]
+    if branch is not None:
+        of_prefix = branch[:, None, :] == 0
+        of_own_branch = branch[:, None, :] == branch[:, :, None]
+        allowed = allowed & (of_prefix | of_own_branch)                       # (B, L, L)
+    place = allowed.sum(-1) - 1                                               # (B or 1, L)
+    if mask is not None:
+        allowed = allowed & mask[:, None, :]
+    itself = torch.eye(L, dtype=torch.bool, device=device)        # no empty row, hence no NaN
+    return place, (allowed | itself)[:, None]
+
+
 # ---------------------------------------------------------------- the whole model
 class QwenVL(nn.Module):
     """`.config`, `.tokenizer` (None without a checkpoint), `.base` (Hub name or folder)."""
 
     def __init__(self, config, tokenizer=None, base=None):
         super().__init__()
-        c = self.config = config
-        self.tokenizer, self.base = tokenizer, base
+        c, self.config, self.tokenizer, self.base = config, config, tokenizer, base
         vectors = random_parameter(c.vocab_size, c.hidden_size, std=0.02)
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(c.vocab_size, c.hidden_size, _weight=vectors),
@@ -341,8 +346,8 @@ class QwenVL(nn.Module):
     def from_pretrained(cls, name_or_dir, dtype=None, device="cpu"):
         """Hub name, or folder with config.json, weights and qwen.tiktoken -> a model in eval mode.
 
-        dtype None is bfloat16 on a GPU and float32 on the CPU. InputError, in one line, for a file
-        or tensor that is missing, left over, misshaped, of another architecture, or too large.
+        dtype None is bfloat16 on a GPU, float32 on the CPU. InputError for a file or tensor that is
+        missing, left over, misshaped, of another architecture, or too large.
         """
         device = weights.usable_device(device)
         dtype = dtype or weights.usual_dtype(device)
@@ -400,8 +405,7 @@ class QwenVL(nn.Module):
         its k-th continuation; positions int64, (K,) or (B, K); cache: a generate.Cache.
         logp_of (B, K) int64: the log-probability of each of these tokens after its position, in
         float32. -100 is padding, at any valid position: it costs no logits and gives 0.
-        Dynamic NTK and logn act in eval mode only, by the logical length of each sequence;
-        InputError where packed sequences need different NTK bases.
+        Dynamic NTK and logn act in eval mode only, by the logical length of each sequence.
         """
         mask, branch = (t if t is None else t.to(ids.device) for t in (mask, branch))
         shapes = {tuple(t.shape) for t in (ids, mask, branch) if t is not None}
@@ -432,10 +436,7 @@ class QwenVL(nn.Module):
         return self.log_probabilities(x, logp_of)                             # (B, K)
 
     def log_probabilities(self, x, tokens):
-        """log p of tokens (B, K) after hidden states x (B, K, D), float32; 0 where a token is -100.
-
-        Logits of no more than LOGITS_AT_ONCE rows exist at a time, in the backward pass as well.
-        """
+        """log p of tokens (B, K) after hidden states x (B, K, D): LOGITS_AT_ONCE rows at a time."""
         real = tokens != PADDING
         chunks = zip(x[real].split(LOGITS_AT_ONCE), tokens[real].split(LOGITS_AT_ONCE))
         parts = [call(self.logps_of_chunk, *chunk, checkpointing=True) for chunk in chunks]
@@ -446,5 +447,4 @@ class QwenVL(nn.Module):
         return -F.cross_entropy(self.lm_head(x).float(), tokens, reduction="none")
 
     def training_bytes(self, trained, world, rows):
-        """Bytes of memory that a card needs to train on `rows` rows: see weights.training_bytes."""
         return weights.training_bytes(self, trained, world, rows, LOGITS_AT_ONCE)

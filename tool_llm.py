@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from plumbing import arguments, data, rules
+from plumbing import arguments, data, files, rules
 from plumbing.answers import entries, field, group_of, loose_json
 from plumbing.chat import Local, Replies, Server, ToolError, ask
 from plumbing.errors import InputError
@@ -411,7 +411,7 @@ def write_rows(path, rows):
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with data.whole(path) as temporary:
+        with files.whole(path) as temporary:
             temporary.write_text(text, "utf-8", "backslashreplace")
     except OSError as error:
         raise InputError(f"--out {path}: {error.strerror}; run the same command again when it can "

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from plumbing import data, scoring
+from plumbing import files, scoring
 from plumbing.errors import InputError
 from plumbing.images import open_image
 from toy_world import base, claims, world
@@ -101,7 +101,7 @@ def check_same(out, args, *names):
             raise InputError(f"{out}: holds a run with another --{name.replace('_', '-')} "
                              f"({kept.get(name)}, now {arguments[name]}); delete it or give "
                              "another --out")
-    data.write_json(path, arguments)
+    files.write_json(path, arguments)
 
 
 def loop(args):
@@ -141,7 +141,7 @@ def finish(args, results, held_out, truth):
         if name.startswith("golden"):
             results[name] = {"sampled": figures["golden"], "single": figures["sample"],
                              "union": figures["combined"], "gate": figures["gate"]}
-    data.write_json(out / "results.json", results)
+    files.write_json(out / "results.json", results)
     print("\n" + "\n".join(table(results)) + "\n")
     before = "sft"
     for k in range(1, args.rounds + 1):
@@ -152,7 +152,7 @@ def finish(args, results, held_out, truth):
     folders |= {f"round{k}": out / f"dpo-{k}" for k in range(1, args.rounds + 1)}
     best = folders[max(folders, key=lambda name: both_f1(results[name]))]
     best_file = out.parent / "best.txt"
-    with data.whole(best_file) as temporary:
+    with files.whole(best_file) as temporary:
         temporary.write_text(f"{os.path.relpath(best, out.parent)}\n", "utf-8")
     sheet(out, held_out, truth, "sft", f"round-{args.rounds}")
     print(f"best: {best}, which {best_file} names for caption.py. Captions before and after: "
@@ -237,7 +237,7 @@ def sheet(out, images, truth, before, after, n=8):
                 pen.text((PICTURE + 3 * MARGIN, y), line, fill=color, font=font)
                 y += LINE
             y += LINE // 2
-    with data.whole(out / "sheet.png") as temporary:
+    with files.whole(out / "sheet.png") as temporary:
         canvas.save(temporary, "PNG")
 
 

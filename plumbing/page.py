@@ -7,7 +7,7 @@ import io
 import json
 import random
 
-from plumbing import data
+from plumbing import files
 from plumbing.errors import InputError
 from plumbing.images import open_image
 
@@ -151,5 +151,5 @@ hover or touch a statement for its question. Shown: <b id="shown">{len(rows)}</b
 <span id="width">{DOUBTFUL}</span> of the threshold</label></header>
 {body}<script>const THRESHOLD = {threshold};{SCRIPT}</script></html>
 """
-    with data.whole(out / "index.html") as temporary:
+    with files.whole(out / "index.html") as temporary:
         temporary.write_text(text, "utf-8", "replace")

@@ -35,29 +35,7 @@ def sincos_table(side, width):
     return torch.from_numpy(np.concatenate([column, row], axis=1))
 
 
-# ---------------------------------------------------------------- tokens of a row
-def layout(ids, mask, branch):
-    """The logical position of each token, and what it may attend to.
-
-    ids (B, L); mask (B, L) bool or None, False = padding; branch (B, L) int or None, 0 = prefix.
-    Returns place (B or 1, L): how many earlier slots its own sequence (prefix + own branch, padding
-    counted) has; and allowed (B, 1, L, L) bool, or None where causality is enough.
-    """
-    L, device = ids.shape[1], ids.device
-    if mask is None and branch is None:
-        return torch.arange(L, device=device)[None], None
-    allowed = torch.ones(L, L, dtype=torch.bool, device=device).tril()[None]
-    if branch is not None:
-        of_prefix = branch[:, None, :] == 0
-        of_own_branch = branch[:, None, :] == branch[:, :, None]
-        allowed = allowed & (of_prefix | of_own_branch)                       # (B, L, L)
-    place = allowed.sum(-1) - 1                                               # (B or 1, L)
-    if mask is not None:
-        allowed = allowed & mask[:, None, :]
-    itself = torch.eye(L, dtype=torch.bool, device=device)        # no empty row, hence no NaN
-    return place, (allowed | itself)[:, None]
-
-
+# ---------------------------------------------------------------- tokens beyond the context
 def ntk_alpha(length, seq_length):
     """Dynamic NTK: how much the rotary base grows for `length` tokens, 1 within seq_length.
 

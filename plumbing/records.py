@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from plumbing import data, shards
+from plumbing import files, shards
 
 STATEMENT = ("text", "question", "about", "group", "votes", "p_yes", "kept")
 
@@ -19,8 +19,8 @@ def write_records(images, out):
     counts, left_out = Counter(), Counter()
     # a file name need not be text: what is not is written as JSON's escape, such as \udcff
     as_text = {"mode": "w", "encoding": "utf-8", "errors": "backslashreplace"}
-    with (data.whole(out / "record.jsonl") as record_path,
-          data.whole(out / "golden.jsonl") as golden_path,
+    with (files.whole(out / "record.jsonl") as record_path,
+          files.whole(out / "golden.jsonl") as golden_path,
           record_path.open(**as_text) as record,
           golden_path.open(**as_text) as golden):
         for row in shards.rows_at(places[image] for image in sorted(places)):

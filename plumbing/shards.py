@@ -12,7 +12,7 @@ import time
 
 from tqdm import tqdm
 
-from plumbing import data
+from plumbing import files
 from plumbing.errors import InputError
 
 
@@ -32,7 +32,7 @@ def check_settings(out, ranks, passes, settings):
                              f"{new.get(key)!r}); give another --out, or delete the files "
                              f"{name}-*.jsonl in it and those of later passes")
     if ranks.is_master:
-        data.write_json(path, saved | {name: settings[name] for name in passes})
+        files.write_json(path, saved | {name: settings[name] for name in passes})
 
 
 # ---------------------------------------------------------------- rows of all ranks

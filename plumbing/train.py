@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from plumbing import data
+from plumbing import data, files
 from plumbing.errors import InputError
 from plumbing.weights import usable_device
 
@@ -202,12 +202,12 @@ def save_checkpoint(out, ranks, step, fixed, trained, optimizer):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     ranks.barrier()
-    with data.whole(temporary / f"moments-{ranks.rank}.pt") as path:
+    with files.whole(temporary / f"moments-{ranks.rank}.pt") as path:
         torch.save(own_moments(optimizer, trained), path)
     if ranks.is_master:
-        with data.whole(temporary / "trained.pt") as path:
+        with files.whole(temporary / "trained.pt") as path:
             torch.save({name: p.detach().cpu() for name, p in trained.items()}, path)
-        data.write_json(temporary / "run.json", {"step": step, "run": fixed})
+        files.write_json(temporary / "run.json", {"step": step, "run": fixed})
     ranks.barrier()
     if ranks.is_master:
         os.replace(temporary, final)
@@ -251,17 +251,17 @@ class Log:
             lines = self.path.read_bytes().splitlines(True) if self.path.is_file() else []
             kept = [line for line in lines
                     if line.endswith(b"\n") and json.loads(line)["step"] <= step]
-            with data.whole(self.path) as temporary:
+            with files.whole(self.path) as temporary:
                 temporary.write_bytes(b"".join(kept))
 
     def write(self, row):
         if self.ranks.is_master:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(data.without_nan(row)) + "\n")
+                file.write(json.dumps(files.without_nan(row)) + "\n")
 
 
 class Stop:
-    """SIGTERM and SIGINT ask for a stop, see Step.micro_batches; a second SIGINT (^C) quits at once.
+    """SIGTERM and SIGINT ask for a stop (see Step.micro_batches); a second ^C quits at once.
 
     A second SIGTERM does not: a scheduler may signal the whole group, and torchrun then passes on
     its own.

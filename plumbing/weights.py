@@ -166,6 +166,24 @@ def checked_config(kind, values, where=""):
     return kind(**known)
 
 
+def check_rules(config):
+    """InputError where the numbers of a configuration do not fit together."""
+    head, v = config.kv_channels, config.visual
+    rules = {
+        "kv_channels must be even and above 2": head > 2 and head % 2 == 0,
+        "kv_channels × num_attention_heads must equal hidden_size":
+            head * config.num_attention_heads == config.hidden_size,
+        "visual.output_dim must equal hidden_size": v.output_dim == config.hidden_size,
+        "visual.output_dim must be a multiple of 128": v.output_dim % 128 == 0,
+        "visual.width must be a multiple of visual.heads": v.width % v.heads == 0,
+        "visual.n_queries must be a square": math.isqrt(v.n_queries) ** 2 == v.n_queries,
+        "visual.patch_size must divide visual.image_size": v.image_size % v.patch_size == 0,
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise InputError(f"config.json: {rule}")
+
+
 def check_vocabulary(folder, tokenizer, config):
     """InputError where qwen.tiktoken and config.json of a folder disagree about their ids."""
     same_start = tokenizer.image_start_id == config.visual.image_start_id

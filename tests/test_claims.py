@@ -20,7 +20,7 @@ import adapters
 import chunking
 import golden
 import toy
-from plumbing import data
+from plumbing import files
 from plumbing.errors import InputError
 from toy_world import base as toy_base
 from toy_world import claims as toy_claims
@@ -292,7 +292,7 @@ def claim(measure=None, seeds=(0, 1), text="x is more than 2"):
 
 
 def put(args, name, seed, x):
-    data.write_json(args.out / f"seed-{seed}/figures/{name}.json", {"arm": {"x": x}})
+    files.write_json(args.out / f"seed-{seed}/figures/{name}.json", {"arm": {"x": x}})
 
 
 def test_results_of_runs_and_of_the_results_file_are_collected(args, monkeypatch):
@@ -301,7 +301,7 @@ def test_results_of_runs_and_of_the_results_file_are_collected(args, monkeypatch
         "CLAIMS",
         {name: claim() for name in ("here", "kept", "both", "half", "nowhere")},
     )
-    data.write_json(
+    files.write_json(
         args.results,
         {
             "kept": {
@@ -465,7 +465,7 @@ def test_results_are_written_after_each_seed(args, measured):
 
 
 def test_seeds_in_the_results_file_are_not_measured_again(args, measured):
-    data.write_json(
+    files.write_json(
         args.results, {"one": {"claim": "", "verdict": "", "seeds": {"1": {"arm": {"x": 7}}}}}
     )
     assert run_claims(args) == 0

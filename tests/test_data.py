@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import plumbing.data
+import plumbing.files
 from plumbing.data import MicroBatches
 from plumbing.errors import InputError
 from plumbing.train import Ranks
@@ -25,20 +26,20 @@ def ranks_of(world):
 # ---------------------------------------------------------------- whole files
 def test_a_file_gets_its_name_only_once_it_is_whole(tmp_path):
     path = tmp_path / "file"
-    with plumbing.data.whole(path) as temporary:
+    with plumbing.files.whole(path) as temporary:
         temporary.write_text("old")
-    with pytest.raises(OSError), plumbing.data.whole(path) as temporary:
+    with pytest.raises(OSError), plumbing.files.whole(path) as temporary:
         temporary.write_text("ne")
         raise OSError
     assert path.read_text() == "old"
-    with plumbing.data.whole(path) as temporary:
+    with plumbing.files.whole(path) as temporary:
         temporary.write_text("new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
 def test_json_is_written_whole_in_a_folder_of_its_own_and_without_nan(tmp_path):
     path = tmp_path / "new/folder/figures.json"
-    plumbing.data.write_json(path, {"a": math.nan, "b": [math.inf, 1.5], "c": "é"})
+    plumbing.files.write_json(path, {"a": math.nan, "b": [math.inf, 1.5], "c": "é"})
     assert json.loads(path.read_text("utf-8")) == {"a": None, "b": [None, 1.5], "c": "é"}
     assert path.read_text().endswith("}\n") and list(path.parent.iterdir()) == [path]
 

@@ -333,6 +333,15 @@ def test_questions_are_split_where_they_are_too_many_and_may_be_none(tiny_model,
     assert yes_probability(tiny_model, images(1)[0], []).shape == (0,)
 
 
+def test_questions_beyond_the_context_are_asked_apart(tiny_model):
+    """They need another rotary base than the others, as where a degenerate caption makes a statement without end."""
+    long, short = "Does the image show " + "red " * 120 + "?", "Does the image show red?"
+    questions = [short, long, short, "Does the image show " + "red " * 300 + "?"]
+    alone = torch.cat([yes_probability(tiny_model, images(1)[0], [q]) for q in questions])
+    torch.testing.assert_close(yes_probability(tiny_model, images(1)[0], questions), alone, atol=1e-5, rtol=0)
+    assert tiny_model.config.seq_length == 128 and abs(alone[0] - alone[2]) < 1e-6
+
+
 def test_a_special_token_in_a_question_is_text(tiny_model):
     p = yes_probability(tiny_model, images(1)[0], ["<img>/etc/passwd</img><|endoftext|>?"])
     assert 0 <= p.item() <= 1

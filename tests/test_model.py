@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 import adapters
 import generate
-from model import LOGITS_AT_ONCE, Config, QwenVL, RMSNorm, Rotary, Slot, VisionConfig
+from model import LOGITS_AT_ONCE, Config, QwenVL, RMSNorm, Rotary, Slot, VisionConfig, layout
 from plumbing.errors import InputError
-from plumbing.positions import layout, ntk_alpha, resize_table, sincos_table
+from plumbing.positions import ntk_alpha, resize_table, sincos_table
 
 FIXTURES = Path(__file__).parent / "fixtures"
 IMG, END, PAD, VOCAB = 314, 315, 316, 320  # the ids of the tiny models; text is below IMG

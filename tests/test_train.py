@@ -18,6 +18,7 @@ import torch
 
 import adapters
 import plumbing.data
+import plumbing.files
 import plumbing.train
 from model import Config, QwenVL
 from plumbing import arguments
@@ -271,7 +272,7 @@ def test_a_step_may_be_saved_twice(tmp_path):
 @pytest.mark.parametrize("fails_at", range(3))
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, fails_at):
     save(tmp_path, 1, stepped(0))
-    whole, calls = plumbing.data.whole, []
+    whole, calls = plumbing.files.whole, []
 
     @contextlib.contextmanager
     def failing(path):
@@ -282,7 +283,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch, fails_at)
         with whole(path) as temporary:
             yield temporary
 
-    monkeypatch.setattr(plumbing.data, "whole", failing)
+    monkeypatch.setattr(plumbing.files, "whole", failing)
     with pytest.raises(OSError):
         save(tmp_path, 2, stepped(0, 2))
     monkeypatch.undo()

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from plumbing import data
+from plumbing import files
 from plumbing.errors import InputError
 from toy_world import experiments
 from toy_world.lab import Lab, both_f1
@@ -316,7 +316,7 @@ def main(args):
     if not args.table:
         for name in [args.only] if args.only else CLAIMS:
             failures += measure_missing(args, name)
-        data.write_json(args.results, collect(args))
+        files.write_json(args.results, collect(args))
     print("\n".join(table(collect(args))))
     if failures:
         raise InputError(f"{len(failures)} of the runs failed, the first: {failures[0]}")
@@ -335,6 +335,6 @@ def measure_missing(args, name):
             failures.append(f"{name}, seed {seed}: {error}")
             print(failures[-1], file=sys.stderr, flush=True)
             continue
-        data.write_json(figures_path(args.out, seed, name), figures)
-        data.write_json(args.results, collect(args))
+        files.write_json(figures_path(args.out, seed, name), figures)
+        files.write_json(args.results, collect(args))
     return failures

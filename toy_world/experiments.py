@@ -10,7 +10,7 @@ import adapters
 from chunking import views
 from generate import sample
 from model import QwenVL
-from plumbing import data
+from plumbing import files
 from plumbing.images import open_image
 from plumbing.scoring import score
 from toy_world import base, world
@@ -319,7 +319,7 @@ def short_base(lab):
         ignored = shutil.ignore_patterns("examples", "config.json")
         shutil.copytree(lab.base, folder, ignore=ignored, dirs_exist_ok=True)
         config = json.loads((lab.base / "config.json").read_text("utf-8"))
-        data.write_json(folder / "config.json", {**config, "seq_length": SHORT})
+        files.write_json(folder / "config.json", {**config, "seq_length": SHORT})
     return folder
 
 

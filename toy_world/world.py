@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from model import CAPTION_PROMPT
-from plumbing import data
+from plumbing import files
 from plumbing.rules import question_of as ask
 
 SIDE = 64                               # pixels of a scene's side; a view has half of it
@@ -247,7 +247,7 @@ def write_rows(path, rows, folder):
     for row in rows:
         image = os.path.relpath(folder / row["image"], path.parent)
         lines.append(json.dumps({**row, "image": image}) + "\n")
-    with data.whole(path) as temporary:
+    with files.whole(path) as temporary:
         temporary.write_text("".join(lines), "utf-8")
 
 
