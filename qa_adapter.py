@@ -116,6 +116,14 @@ def calibrate(p_yes, truth):
     TP(t): questions with P(yes) ≥ t whose answer is yes; kept(t): all with P(yes) ≥ t; yes: all
     whose answer is yes. Candidates lie halfway between neighbouring P(yes). Sorted by P(yes), both
     counts are running sums: n log n.
+
+    Half of the questions are true, but most of the statements that the gate judges. With the share
+    s of true statements, which can be estimated from their P(yes), the odds of the threshold could
+    be divided by s / (1 - s). That would be right if a statement got P(yes) as a question of its
+    class does. Measured in the toy world (docs/claims.md, "prior"), it gains nothing on a base that
+    sees everything, and goes the wrong way on one that errs: the false statements of a model are
+    those that it tends to believe, and a higher threshold is better. So there is no correction;
+    golden.py has --threshold.
     """
     ranked = sorted(zip(p_yes, truth), reverse=True)
     edges = sorted({0.0, 1.0, *p_yes}, reverse=True)

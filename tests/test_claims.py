@@ -887,9 +887,16 @@ def test_a_corrected_threshold_is_where_the_posterior_is_that_of_the_threshold()
 
 
 def test_golden_captions_by_another_threshold_are_of_the_same_samples(measure, lab):
-    figures, commands = measure("prior")
-    golden_runs = [command for command in commands if command[0] == "golden.py"]
-    assert len(golden_runs) == 10 and sum("--threshold" in command for command in golden_runs) == 8
+    figures, _ = measure("prior")
+    used = {}
+    for folder in lab.out.glob("golden-prior*"):
+        settings = json.loads((folder / "settings.json").read_text())
+        used[folder.name.removeprefix("golden-prior")] = settings["compose"]["threshold"]
+    for suffix, base in (("", ""), ("-weak", ", weak base")):
+        assert used[suffix] == figures[f"calibrated{base}"]["threshold"]
+        assert used[f"{suffix}-0.8"] == 0.8 and used[f"{suffix}-0.5"] == 0.5
+        corrected = figures[f"corrected{base}"]["threshold"]
+        assert used[f"{suffix}-corrected"] == pytest.approx(corrected, abs=1e-4)
     for suffix in ("", "-weak"):
         names = [f"golden-prior{suffix}", f"golden-prior{suffix}-0.9"]
         rows = [stages.read_rows(lab.out / name / "record.jsonl") for name in names]
