@@ -135,7 +135,7 @@ def check_attachable(model, name, where, reduction, below, kind):
 def attach(model, name, where=TOWERS, reduction=8, below=None, soft_prompt=False, kind="adapter"):
     """Add fresh adapters by name to every block of the towers in `where`, switched on.
 
-    They go on top of the stack, or directly below the adapters named `below` (nearer the base).
+    They are put on top of the stack, or below the adapters named `below` (nearer the base).
     soft_prompt: also a trainable prompt. kind "lora": low-rank updates of the q, k, v projections,
     of rank `reduction`, instead. All else is frozen: the parameters that train now, whose names are
     returned, are exactly the new ones.

@@ -322,8 +322,9 @@ class Run:
                                    batch_sampler=batches))
         for number in tqdm(range(first, self.last), initial=first, total=self.last, unit="step",
                            disable=not ranks.is_master):
-            step = Step(self, number, [self.readable(next(decoded))
-                                       for _ in range(batches.per_step)])
+            began = time.perf_counter()
+            parts = [self.readable(next(decoded)) for _ in range(batches.per_step)]
+            step = Step(self, number, parts, began)
             yield step
             if self.exit_code:                          # the unfinished step is dropped
                 self.save(number)
@@ -372,13 +373,13 @@ class Step:
     """One optimizer step. `examples` are this rank's; `row` is its line of the log once
     finished."""
 
-    def __init__(self, run, number, micro_batches):
-        self.run, self.number, self.parts = run, number, micro_batches
+    def __init__(self, run, number, micro_batches, began):
+        self.run, self.number, self.parts, self.began = run, number, micro_batches, began
         self.examples = [example for part in micro_batches for example in part]
         if run.ranks.sum(None in self.examples):
             raise InputError(f"step {number + 1}: not one image can be read any more. The last "
                              f"checkpoint is in {run.args.out}/resume")
-        self.began, self.figures, self.row = time.perf_counter(), {}, {}
+        self.figures, self.row = {}, {}
 
     def micro_batches(self):
         """Yield lists of examples. Gradients are averaged over ranks after the last one only.

@@ -60,7 +60,7 @@ def resolve(name_or_dir, weights=True):
 
 
 def weight_files(folder):
-    """The files that hold the weights, safetensors before .bin. InputError if there are none."""
+    """The files that hold the weights, safetensors before .bin. InputError without any."""
     for whole, index in (("model.safetensors", "model.safetensors.index.json"),
                          ("pytorch_model.bin", "pytorch_model.bin.index.json")):
         if (folder / index).is_file():
