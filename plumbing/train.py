@@ -124,14 +124,10 @@ def run_stage(script, device, stage, patient=False):
 
 
 def distributed(model, ranks):
-    """The model as the loop calls it: with several ranks, DDP averages its gradients over them.
-
-    Buffers are constants and not sent around: a rank whose first micro-batch is empty would miss
-    that.
-    """
+    """The model as the loop calls it: with several ranks, DDP averages its gradients over them."""
     if ranks.world == 1:
         return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def announce(what, model, trained, ranks, micro_batch):
