@@ -115,13 +115,21 @@ def caption_batch(model, args, batch):
     Results are captions {"caption", "finish", "tokens"}, or one {"error"}.
     """
     good = [(name, pixels) for (_, name), pixels in batch if not isinstance(pixels, InputError)]
-    captions = iter(())
-    if good:
-        names, pixels = zip(*good)
-        captions = iter(sample(model, torch.stack(pixels), names, args.n, args.max_new_tokens,
-                               args.temperature, args.top_p, args.seed, args.past_context))
+    captions = iter(caption_views(model, args, *zip(*good)) if good else [])
     return [[{"error": str(pixels)}] if isinstance(pixels, InputError) else next(captions)
             for _, pixels in batch]
+
+
+def caption_views(model, args, names, pixels):
+    """Names of images and their views (V, 3, S, S) -> a list of --n results for each."""
+    try:
+        return sample(model, torch.stack(pixels), names, args.n, args.max_new_tokens,
+                      args.temperature, args.top_p, args.seed, args.past_context)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise InputError(f"{args.device} is out of memory with {len(names)} images × {args.n} "
+                         "captions; try a smaller --batch, --n or --max-new-tokens") from None
 
 
 def show(args, path, result, several):
@@ -172,16 +180,9 @@ def main(argv=None):
         model, boxes = load_model(args)
         room = room_left(model, len(boxes), args.max_new_tokens, args.past_context)
         at_once = args.batch or images_at_once(model, len(boxes), args.n, room)
+        return 1 if caption_all(model, args, images, boxes, at_once) else 0
     except InputError as error:
         print(f"caption.py: {error}", file=sys.stderr)
-        return 1
-    try:
-        return 1 if caption_all(model, args, images, boxes, at_once) else 0
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        print(f"caption.py: {args.device} is out of memory with {at_once} images × {args.n} "
-              "captions; try a smaller --batch, --n or --max-new-tokens", file=sys.stderr)
         return 1
 
 

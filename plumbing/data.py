@@ -235,12 +235,22 @@ class Decoded(Dataset):
 
 
 def loader(dataset, workers, **batches):
-    """A DataLoader that gives lists of a dataset's items, made by worker processes ahead of their
-    use."""
+    """Yield lists of a dataset's items, made by worker processes ahead of their use.
+
+    InputError where shared memory, through which the workers send tensors, runs out.
+    """
     # fork: the other start methods (usual on a Mac, and from Python 3.14) would have to pickle the
     # dataset
-    return DataLoader(dataset, num_workers=workers, collate_fn=list, worker_init_fn=worker_signals,
-                      multiprocessing_context="fork" if workers else None, **batches)
+    start = "fork" if workers else None
+    try:
+        yield from DataLoader(dataset, num_workers=workers, collate_fn=list,
+                              worker_init_fn=worker_signals, multiprocessing_context=start,
+                              **batches)
+    except RuntimeError as error:
+        if "shared memory" not in str(error):
+            raise
+        raise InputError("shared memory for decoded images ran out; try --workers 0, or enlarge "
+                         "/dev/shm") from None
 
 
 def ahead(items, make, workers, batch=1):

@@ -272,6 +272,23 @@ def test_items_are_made_by_other_processes_where_there_are_several_batches():
     assert processes(6, 0) == processes(2, 2) == {os.getpid()}  # one batch: nothing to be ahead of
 
 
+def no_memory(item):
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
+def bug(item):
+    raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_shared_memory_that_runs_out_is_one_line_and_a_bug_is_not_hidden(workers):
+    with pytest.raises(InputError, match="--workers 0") as error:
+        list(plumbing.data.ahead([1, 2, 3], no_memory, workers))
+    assert "\n" not in str(error.value)
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(plumbing.data.ahead([1, 2, 3], bug, workers))
+
+
 def test_batched_makes_lists_of_up_to_n():
     assert list(plumbing.data.batched(range(5), 2)) == [[0, 1], [2, 3], [4]]
     assert list(plumbing.data.batched(iter([]), 2)) == []
