@@ -8,6 +8,7 @@ alone, so neither the batch nor the number of cards changes them.
 import contextlib
 import functools
 import hashlib
+import weakref
 
 import numpy as np
 import torch
@@ -32,7 +33,9 @@ class LayerCache:
     """
 
     def __init__(self, cache):
-        self.cache = cache
+        # weak: in a reference cycle, keys and values of finished batches would fill the device
+        # until Python happens to collect garbage
+        self.cache = weakref.proxy(cache)
         self.prefix = self.tail = None
 
     def attend(self, q, k, v, allowed):

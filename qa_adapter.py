@@ -134,8 +134,8 @@ def calibrate(p_yes, truth):
             kept += 1
         f1 = 2 * right / max(kept + sum(truth), 1)
         threshold = (above + below) / 2
-        candidates.append((round(f1, 9), -abs(threshold - 0.5), threshold))
-    return max(candidates)[2]
+        candidates.append((round(f1, 9), -abs(threshold - 0.5), -threshold))
+    return -max(candidates)[2]
 
 
 def ask_held_out(model, ranks, boxes, rows, run):

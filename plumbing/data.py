@@ -13,11 +13,14 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from plumbing.errors import InputError
 from plumbing.images import SUFFIXES
+
+MOST_UNREADABLE = 100       # unreadable rows in a row before a run stops: the disk is gone
 
 
 # ---------------------------------------------------------------- rows on disk
@@ -97,8 +100,7 @@ def read_golden(path):
 
 
 def is_there(image):
-    """Whether a path is a file. A name too long for any file raises in Path.is_file, and is not a
-    file."""
+    """Whether a path is a file; False for a name too long for any, where Path.is_file raises."""
     try:
         return image.is_file()
     except OSError:
@@ -122,8 +124,7 @@ def report_bad(script, bad, most=10):
 
 
 def split(rows, holdout, seed):
-    """Rows -> (training, held out): a share `holdout` of the images, drawn by the seed, is held out
-    whole.
+    """Rows -> (training, held out): a share `holdout` of the images is held out, with all its rows.
 
     At least one image is held out if any share is asked for, and at least one is left to train on.
     """
@@ -208,7 +209,7 @@ class Examples(Dataset):
     def __getitem__(self, place):
         number, epoch = place
         unreadable = []
-        for k in range(len(self.rows)):
+        for k in range(min(len(self.rows), MOST_UNREADABLE)):
             row = self.rows[(number + k) % len(self.rows)]
             try:
                 return self.make(row, epoch), unreadable
@@ -237,25 +238,39 @@ class Decoded(Dataset):
 def loader(dataset, workers, **batches):
     """Yield lists of a dataset's items, made by worker processes ahead of their use.
 
-    InputError where shared memory, through which the workers send tensors, runs out.
+    Tensors come from the workers as arrays, through a pipe. Through shared memory, as PyTorch sends
+    them, a large batch needs more of it, or more open files, than containers often allow, and then
+    the loader waits for ever.
     """
     # fork: the other start methods (usual on a Mac, and from Python 3.14) would have to pickle the
     # dataset
     start = "fork" if workers else None
-    try:
-        yield from DataLoader(dataset, num_workers=workers, collate_fn=list,
-                              worker_init_fn=worker_signals, multiprocessing_context=start,
-                              **batches)
-    except RuntimeError as error:
-        if "shared memory" not in str(error):
-            raise
-        raise InputError("shared memory for decoded images ran out; try --workers 0, or enlarge "
-                         "/dev/shm") from None
+    for items in DataLoader(dataset, num_workers=workers, collate_fn=to_arrays,
+                            worker_init_fn=worker_signals, multiprocessing_context=start,
+                            **batches):
+        yield to_tensors(items)
+
+
+def to_arrays(value):
+    """A value with arrays in place of the tensors in its lists, tuples and dicts."""
+    if isinstance(value, torch.Tensor):
+        return value.numpy()
+    if isinstance(value, dict):
+        return {key: to_arrays(part) for key, part in value.items()}
+    return type(value)(map(to_arrays, value)) if type(value) in (list, tuple) else value
+
+
+def to_tensors(value):
+    """The reverse of to_arrays."""
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if isinstance(value, dict):
+        return {key: to_tensors(part) for key, part in value.items()}
+    return type(value)(map(to_tensors, value)) if type(value) in (list, tuple) else value
 
 
 def ahead(items, make, workers, batch=1):
-    """Yield lists of up to `batch` pairs (item, make(item) or its InputError), in order, decoded
-    ahead."""
+    """Yield lists of up to `batch` pairs (item, make(item) or its InputError), in order."""
     workers = workers if len(items) > batch else 0          # nothing to be ahead of
     yield from loader(Decoded(items, make), workers, batch_size=batch)
 

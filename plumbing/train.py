@@ -79,8 +79,7 @@ class Ranks:
 
 
 def start_ranks(device, patient=False):
-    """Join the ranks that torchrun's variables describe, a card each; gloo on the CPU, nccl on
-    GPUs.
+    """Join the ranks that torchrun's variables describe; gloo on the CPU, nccl on GPUs.
 
     patient: always gloo, and no limit on how long a rank may wait for the others; for stages whose
     ranks meet only at their end.
@@ -140,12 +139,14 @@ def announce(what, model, trained, ranks, micro_batch):
 
 # ---------------------------------------------------------------- optimizer and learning rate
 def adamw(trained, weight_decay, ranks):
-    """AdamW (https://arxiv.org/abs/1711.05101) for {name: parameter}; matrices decay, vectors do
-    not.
+    """AdamW (https://arxiv.org/abs/1711.05101) for {name: parameter}; only matrices decay.
 
     With several ranks each keeps the moments of its share of the parameters, updates those, and
     sends them to the others (ZeRO, stage 1: https://arxiv.org/abs/1910.02054).
     """
+    if not trained:
+        raise InputError("nothing is left to train; give another --init, or leave out "
+                         "--no-soft-prompt")
     groups = [{"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": weight_decay},
               {"params": [p for p in trained.values() if p.ndim <= 1], "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
@@ -176,8 +177,7 @@ def load_moments(optimizer, trained, moments):
 
 
 def cosine(step, steps, lr, warmup):
-    """The learning rate of step number `step` (from 0) of `steps`: linear warm-up, cosine to a
-    tenth."""
+    """The learning rate of step `step` (from 0) of `steps`: warm-up, then a cosine to a tenth."""
     if step < warmup:
         return lr * (step + 1) / warmup
     share = (step - warmup) / max(1, steps - warmup)
@@ -366,13 +366,15 @@ class Run:
 
 
 class Step:
-    """One optimizer step. `examples` are this rank's; `row` is its line of the log once
-    finished."""
+    """One optimizer step. `examples` are this rank's; `row` will be its line of the log."""
 
     def __init__(self, run, number, micro_batches, began):
         self.run, self.number, self.parts, self.began = run, number, micro_batches, began
         self.examples = [example for part in micro_batches for example in part]
-        if run.ranks.sum(None in self.examples):
+        lost, asked = run.ranks.sums([None in self.examples, run.stop.asked])
+        if asked:                                       # while images were decoded, or validating
+            run.exit_code = 128 + (run.stop.asked or signal.SIGTERM)
+        if lost:
             raise InputError(f"step {number + 1}: not one image can be read any more. The last "
                              f"checkpoint is in {run.args.out}/resume")
         self.figures, self.row = {}, {}
@@ -386,7 +388,7 @@ class Step:
         """
         run = self.run
         for k, examples in enumerate(self.parts):
-            if run.ranks.world == 1 and run.stops():
+            if run.exit_code or (run.ranks.world == 1 and run.stops()):
                 return
             if not examples:                            # this rank has fewer rows than others
                 continue

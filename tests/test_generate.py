@@ -2,7 +2,9 @@
 loops, questions."""
 
 import base64
+import gc
 import math
+import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -331,6 +333,23 @@ def test_questions_are_split_where_they_are_too_many_and_may_be_none(tiny_model,
         yes_probability(tiny_model, images(1)[0], questions), expected, atol=1e-6, rtol=0
     )
     assert yes_probability(tiny_model, images(1)[0], []).shape == (0,)
+
+
+def test_a_finished_batch_leaves_no_cache_behind(tiny_model, monkeypatch):
+    """Without a garbage collection, which nothing on a GPU asks for."""
+    caches, start = [], generate.Cache.start
+
+    def started(self, *args):
+        caches.append(weakref.ref(self.layers[0]))
+        return start(self, *args)
+
+    monkeypatch.setattr(generate.Cache, "start", started)
+    gc.disable()
+    try:
+        sample(tiny_model, images(1)[None, 0], ["a"], n=2, max_new_tokens=3)
+        assert len(caches) == 1 and caches[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_questions_beyond_the_context_are_asked_apart(tiny_model):

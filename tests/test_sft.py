@@ -1027,3 +1027,11 @@ def test_a_run_whose_losses_stay_infinite_ends_with_a_line(
     )
     assert len(stages.steps_of(tmp_path / "out")) == plumbing.train.MAX_SKIPPED - 1
     assert not (tmp_path / "out/adapters.json").exists()
+
+
+def test_a_folder_with_nothing_but_a_frozen_prompt_is_one_line(tiny_base, data, tmp_path, capsys):
+    assert train(tiny_base, data, tmp_path / "prompt", "--tune", "prompt", "--max-steps", 1) == 0
+    capsys.readouterr()
+    more = ("--init", tmp_path / "prompt", "--no-soft-prompt", "--max-steps", 1)
+    code, err = train(tiny_base, data, tmp_path / "out", *more), capsys.readouterr().err
+    assert code == 1 and err.count("\n") == 1 and "--no-soft-prompt" in err
