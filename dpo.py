@@ -1,4 +1,4 @@
-"""Stage 4, preference training: DPO + cross entropy on golden captions make the next captioner.
+"""Stage 4, preference training: DPO + cross entropy on golden captions train the captioner.
 
 READS   out/golden/golden.jsonl ({"image", "chosen", "rejected": [{"caption", "finish"}]}): the
         chosen caption is the golden one, the rejected ones are the captioner's own samples; the
@@ -11,10 +11,13 @@ WRITES  out/dpo: adapters.safetensors, adapters.json, log.jsonl, reference-*.jso
 
     loss = preference(chosen, rejected) + ce · -log p(chosen) / tokens(chosen)
 
-The adapters of both towers train, the soft prompt stays frozen. Decided where the source is silent:
+is the mean over a row's pairs, then over the rows of a step, all ranks together. The reference is
+the captioner of --init. The adapters of both towers train; the base and the soft prompt are frozen.
+What the source, the blog post ATAC-Qwen-VL, leaves open:
  1. the reference is the captioner that the round starts from; its log-probs are computed once
- 2. log-probs are summed over caption tokens, and over the end token where a caption really ended
- 3. one rejected caption per row and epoch; --max-rejected packs more
+ 2. log-probs are summed over caption tokens, and over the end token if the model itself ended the
+    caption
+ 3. one rejected caption per row and epoch; raise it with --max-rejected
  4. the cross entropy has weight 1 and is divided by the number of the chosen caption's tokens, as
     in iterative RPO (https://arxiv.org/abs/2404.19733, eq. 1)
 """
@@ -70,9 +73,10 @@ def parse_args(argv):
 def encode_rows(tokenizer, rows, room):
     """Add each caption's target ids -> the rows whose chosen caption fits, and how many do not.
 
-    A chosen caption ends in the end token; a rejected one only where it really ended and fits: one
-    that looped or was cut off keeps its loop, so that training pushes down the loop and not the end
-    token.
+    room: tokens left in the context after the prompt. A chosen caption ends in the end token; a
+    rejected one only if the model ended it and it fits. One that looped or was cut off keeps its
+    text, so that training lowers the probability of the loop and not of the end token. Samples are
+    raw and usually begin with a space, which belongs to the first token.
     """
     fitting = []
     for row in rows:
@@ -88,7 +92,7 @@ def encode_rows(tokenizer, rows, room):
 
 
 def add_mismatched(rows):
-    """For kto: give each row the next row's chosen caption, one that is not about its image."""
+    """For kto (see preference_loss): give each row the next row's chosen caption."""
     return [{**row, "mismatched_ids": following["chosen_ids"]}
             for row, following in zip(rows, [*rows[1:], *rows[:1]])]
 
@@ -97,9 +101,13 @@ def add_mismatched(rows):
 def pack(prompt, captions):
     """One image prefix and its captions (lists of target ids) as one sequence, a branch for each.
 
-    The ViT and the 1548 tokens of six views are then computed once per row. Returns ids and branch,
-    and of every target token, in order: the position it follows, itself, its caption's number. The
-    first token of every caption follows the prompt's last one.
+    The ViT and the 1548 tokens of six views are then computed once per row. A branch sees the
+    prompt and itself (model.py: layout). The result has ids and branch, and for each target token
+    the position that predicts it, its id, and the number of its caption. The first token of every
+    caption is predicted by the prompt's last one, and last tokens predict nothing:
+
+        prompt p q, captions a b and c d ->  ids p q a c      branch    0 0 1 2
+        targets a b c d                      positions 1 2 1 3          owner 0 0 1 1
     """
     ids, branch, positions, targets, owner = list(prompt), [0] * len(prompt), [], [], []
     for k, caption in enumerate(captions):
@@ -122,7 +130,7 @@ def padded(examples, key, fill, device):
 def caption_logps(model, examples, eos_id, device):
     """Log-probabilities of packed captions, each summed over its tokens -> (B, C) in nats.
 
-    C is the largest number of captions of an example; where an example has fewer, 0.
+    C is the largest number of captions of an example; missing captions are 0.
     """
     ids = padded(examples, "ids", eos_id, device)                               # (B, L)
     lengths = torch.tensor([len(example["ids"]) for example in examples], device=device)
@@ -138,14 +146,14 @@ def caption_logps(model, examples, eos_id, device):
 
 # ---------------------------------------------------------------- the reference
 def all_captions(prompt, size, boxes, row):
-    """A row with every caption that training may need the reference's log-prob of."""
+    """A row with every caption whose reference log-prob training may need."""
     captions = [row["chosen_ids"], *row["rejected_ids"]]
     captions += [row["mismatched_ids"]] if "mismatched_ids" in row else []
     return {**pack(prompt, captions), "views": views(open_image(row["image"]), size, boxes)}
 
 
-def reference_file(args, model, boxes, rows, start_hash):
-    """Where a reference's log-probs are kept: the name is a hash of all that they depend on."""
+def reference_name(model, boxes, rows, start_hash):
+    """How the files of a reference's log-probs begin: a hash of all that they depend on."""
     keys = ("id", "image", "chosen_ids", "rejected_ids", "mismatched_ids")
     contents = [[str(row.get(key)) for key in keys] for row in rows]
     files = [[row["image"].stat().st_size, row["image"].stat().st_mtime_ns] for row in rows]
@@ -158,25 +166,26 @@ def reference_logps(args, ranks, model, boxes, rows, start_hash):
     """Log-probs under the captioner that the round starts from, computed once and kept on disk.
 
     -> {row id: {"chosen": x, "rejected": [x, …]} with "mismatched" for kto, or {"error": reason}}.
-    A stopped run resumes where it was.
+    start_hash is that of the captioner's tensors. A stopped run resumes where it was. An error is
+    kept as well, so that a resumed run replaces the same rows; delete the files to try again.
     """
-    name = reference_file(args, model, boxes, rows, start_hash)
+    name = reference_name(model, boxes, rows, start_hash)
     args.out.mkdir(parents=True, exist_ok=True)
     known = {}
     for path in sorted(args.out.glob(f"{name}-*.jsonl")):
         for _, row in data.read_jsonl(path):
             if row:                                             # a torn line is computed again
                 known[row.pop("id")] = row
-    # a rank's share must not depend on what others have written by the time that it looks
+    # shares first, then the filter: else a share would depend on when a rank reads the files
     missing = [row for row in rows[ranks.rank::ranks.world] if row["id"] not in known]
     prompt, size = model.caption_prompt(len(boxes)), model.config.visual.image_size
-    # line-buffered: a row is on disk once computed; the line break ends a torn line
+    # line-buffered: a row is on disk once computed; the newline ends a line torn by a crash
     with (args.out / f"{name}-{ranks.rank}.jsonl").open("a", encoding="utf-8", buffering=1) as file:
         file.write("\n")
         for row in tqdm(missing, desc="reference", unit="row", disable=not ranks.is_master):
             try:
                 answer = score_row(model, all_captions(prompt, size, boxes, row), row, ranks.device)
-            except InputError as error:                 # training replaces the row, and says why
+            except InputError as error:                 # data.Examples will take the next row
                 answer = {"error": str(error)}
             file.write(json.dumps({"id": row["id"], **answer}) + "\n")
             known[row["id"]] = answer
@@ -263,16 +272,16 @@ def preference_loss(kind, policy_chosen, policy_rejected, ref_chosen, ref_reject
       none   0
 
     ipo is a variant. The paper's log-ratios are sums over tokens; these are means, as in TRL, so
-    that long captions do not set the scale. The margin aimed at, 1/(2β), is then in nats per token:
-    5 at β = .1, where a whole caption of 30 tokens would need a margin of 150 nats. Useful β are
+    that long captions do not set the scale. The target margin, 1/(2β), is therefore per token:
+    5 nats at β = .1, and 150 nats for a caption of 30 tokens. Useful β are
     larger than with the other losses: in the toy world 8, where dpo's is .1 (results/claims.json).
 
     kto: z estimates KL(π ‖ ref) on this kind of image, the level from which a caption counts as
-    better or worse than before. The KL is a mean over captions drawn from π, too slow to draw at
-    every step. Captions of other images stand in for them: fluent and in style, but not about this
-    image, so their mean log-ratio shows how far π has moved altogether and not how well it knows
-    this caption. It is biased, and clipped at 0 because a KL is not negative. No gradient flows
-    through z.
+    better or worse than before. The KL is a mean over captions drawn from π; sampling them at every
+    step is too slow. Captions of other images stand in for them: fluent and in style, but not about
+    this image, so that their mean log-ratio shows the overall drift of π and not how well it knows
+    this caption. This estimate is biased, and clipped at 0 because a KL is not negative. No
+    gradient flows through z.
     """
     chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
     if kind == "dpo":
@@ -300,7 +309,7 @@ def mismatched_ratios(model, ranks, examples):
     return torch.tensor(ranks.gather(own) or [0.0], device=ranks.device)
 
 
-def row_losses(args, pairs, kl):
+def pair_losses(args, pairs, kl):
     """The loss of each pair (P,), and {name: (P,)} of figures that make a collapse visible."""
     preference = preference_loss(args.loss, pairs.chosen, pairs.rejected, pairs.ref_chosen,
                                  pairs.ref_rejected, args.beta, pairs.chosen_len,
@@ -327,7 +336,7 @@ def validate(args, ranks, model, boxes, run, held_out):
         with torch.no_grad():
             logps = caption_logps(model, [example], model.tokenizer.eos_id, ranks.device)
             pairs = pair_up(logps, [example])
-            losses, figures = row_losses(args, pairs, kl)
+            losses, figures = pair_losses(args, pairs, kl)
         for name, values in {"loss": losses, **figures}.items():
             sums[name] += pairs.share @ values
     n, *totals = ranks.sums([n, *sums.values()])
@@ -354,6 +363,19 @@ def watch(ranks, model, images, boxes, seed):
 
 
 # ---------------------------------------------------------------- main
+def adapters_to_train(args, model, name):
+    """Make the captioner's adapters trainable, and nothing else -> {name: parameter}."""
+    for n in adapters.names_of(model, name):
+        model.get_parameter(n).requires_grad_("soft_prompts" not in n)
+    model.train()
+    model.checkpointing = True
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise InputError(f"{args.init}: has only a soft prompt, and adapters are what trains here; "
+                         "give another --init")
+    return trained
+
+
 def main(argv=None):
     args = parse_args(argv)
     return train.run_stage("dpo.py", args.device, functools.partial(learn, args))
@@ -387,7 +409,7 @@ def learn(args, ranks):
                        f"{n_long} too long ones left out, {len(held_out)} held out",
                        model, trained, ranks, args.micro_batch)
 
-    # ---- the reference's log-probs, before anything moves
+    # ---- the reference's log-probs, before training and before run.steps() loads a checkpoint
     start, size = model.loaded[captioner], model.config.visual.image_size
     reference = reference_logps(args, ranks, model, boxes, [*rows, *held_out], start)
     make = functools.partial(make_example, args, prompt, size, boxes, reference)
@@ -402,7 +424,7 @@ def learn(args, ranks):
         for examples in step.micro_batches():
             logps = caption_logps(policy, examples, eos, ranks.device)          # (B, C)
             pairs = pair_up(logps, examples)                                    # each (P,)
-            losses, figures = row_losses(args, pairs, kl)
+            losses, figures = pair_losses(args, pairs, kl)
             loss = pairs.share @ losses / n_rows
             (loss * ranks.world).backward()     # DDP averages over ranks; a sum is meant
             step.log(loss=loss, **{name: pairs.share @ x / n_rows for name, x in figures.items()})
@@ -419,19 +441,6 @@ def learn(args, ranks):
                       arguments=arguments.as_json(args), **adapters.lineage(args.init))
         print(f"wrote {args.out}; {n_replaced} rows had a broken image", file=sys.stderr)
     return 0
-
-
-def adapters_to_train(args, model, name):
-    """Make the captioner's adapters trainable, and nothing else -> {name: parameter}."""
-    for n in adapters.names_of(model, name):
-        model.get_parameter(n).requires_grad_("soft_prompts" not in n)
-    model.train()
-    model.checkpointing = True
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if not trained:
-        raise InputError(f"{args.init}: has only a soft prompt, and adapters are what trains here; "
-                         "give another --init")
-    return trained
 
 
 if __name__ == "__main__":

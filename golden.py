@@ -1,22 +1,24 @@
 """Stage 3: golden captions, combined from samples and stripped of statements that fail the check.
 
-READS   images; the captioner, out/sft; the QA adapter, out/qa; a tool LLM
-WRITES  out/golden: golden.jsonl for dpo.py; record.jsonl, all images with the reasons why some are
-        left out; index.html, a page to look at; and for each pass a file per rank
+READS   images; the captioner, out/sft; the QA adapter, out/qa; a tool LLM, by default plain rules
+WRITES  out/golden: golden.jsonl for dpo.py; record.jsonl, every image, with the reason if it was
+        left out (both by plumbing/records.py); index.html, a page to look at; a file per pass and
+        rank
 
     python golden.py --images photos/
     torchrun --nproc_per_node 6 golden.py --images photos/ --tool hf:Qwen/Qwen2.5-7B-Instruct
     # the next round
     python golden.py --images photos/ --captioner out/dpo --qa out/qa-2 --out out/golden-2
 
-Captioner and tool LLM do not fit on one card together, hence four passes over files. Each can be
-stopped at any moment and resumed with any number of ranks.
+Captioner and tool LLM may not fit on one card together, so the work is split into four passes that
+exchange files. Each can be stopped at any moment and resumed with any number of ranks.
   sample   N captions of each image                                          captioner
   combine  their statements in one list, and a yes/no question for each      tool LLM
   verify   P(yes) of every question, each asked alone                        captioner, QA adapter
   compose  a caption of the statements that pass                             tool LLM
-Decided where the source is silent:
- 1. a statement is kept if its P(yes) reaches the threshold that qa_adapter.py calibrated
+What the source, the blog post ATAC-Qwen-VL, leaves open:
+ 1. a statement is kept if its P(yes) reaches the threshold that qa_adapter.py calibrated; a golden
+    caption has at least two (--min-statements)
  2. of statements that exclude each other at most one is kept, the one with the highest P(yes);
     --no-resolve keeps all that pass
  3. the rejected side is the samples as they are: one that loops or is cut off keeps its loop and
@@ -72,7 +74,7 @@ def parse_args(argv):
         help="samples that must contain a statement that is kept")
     add("--resolve", action=argparse.BooleanOptionalAction, default=True,
         help="keep at most one of the statements that exclude each other")
-    add("--min-statements", type=arguments.count, default=2, help="that a golden caption must have")
+    add("--min-statements", type=arguments.count, default=2, help="fewest in a golden caption")
     add("--retry-errors", action="store_true", help="redo the images that ended in an error")
     add("--batch", type=arguments.count,
         help="images sampled at once; left out, as many as memory allows")
@@ -154,8 +156,8 @@ def combine_rows(tool, rows):
                 yield {**described[k], "error": f"combine: {answer}"}
             else:
                 combined.append(described[k])
-                # at most as many as there may be questions: a statement that no question was
-                # asked about must not get into a golden caption
+                # cap at the question limit, by votes: a statement that no question was asked about
+                # must not get into a golden caption
                 statements.append(rules.fewer(answer))
 
         for k, answer in tool.run(tool_llm.DECOMPOSE, statements):
@@ -246,7 +248,7 @@ def compose_rows(args, tool, tokenizer, room, threshold, rows):
             kept = [statement["text"] for statement in judged if statement["kept"]]
             if len(kept) < args.min_statements:
                 yield {**row, "left_out": "too few statements kept" if kept else "nothing kept"}
-            elif row["combined"] == ", ".join(kept):
+            elif row["combined"] == ", ".join(kept):        # nothing was split or refused
                 yield pair({**row, "chosen": row["combined"]}, tokenizer, room)
             else:
                 to_correct.append(row)
@@ -304,7 +306,10 @@ def compose_pass(args, ranks, tokenizer, room, threshold):
 
 
 def later_pass(args, ranks, name, before):
-    """A pass over the rows of the pass before. InputError if that has no rows and is not run."""
+    """A pass over the rows of the pass before; its error rows are handed on as they are.
+
+    InputError if the pass before left no rows and is not in --passes.
+    """
     todo = shards.Pass(args.out, ranks, name, before=before, retry_errors=args.retry_errors)
     # if it is run, a rank without images may get here before the others have written any row
     if not todo.source and before not in args.passes:

@@ -11,7 +11,7 @@ WRITES  out/qa: adapters.safetensors, adapters.json (with the calibrated thresho
 
 Only the new adapters train: in the language model alone, since a narrow set of questions would pull
 the image embeddings towards itself, and below the captioning adapters, which stay active and
-frozen. Decided where the source is silent:
+frozen. What the source, the blog post ATAC-Qwen-VL, leaves open:
  1. "below" = nearer the base: sublayer -> QA adapter -> caption adapter -> residual
  2. the prompt is the base's own VQA form, `{question} Answer:`, without the soft prompt
  3. the threshold on P(yes) is the one with the best F1 on held-out questions (see calibrate)

@@ -9,7 +9,8 @@ WRITES  out/sft: adapters.safetensors, adapters.json, log.jsonl, resume/
     python sft.py --data captions.jsonl                             # one process
     torchrun --nproc_per_node 6 sft.py --data captions.jsonl        # one per card
 
-The same command resumes from the last checkpoint. Decided where the source is silent:
+The same command resumes from the last checkpoint. What the source, the blog post ATAC-Qwen-VL,
+leaves open:
  1. adapters: bottleneck 1/8, ReLU, up from zero (adapters.py)
  2. the soft prompt takes the place of the caption prompt, after the images
  3. the loss is the sum of -log p over all target tokens of the step ÷ their number, over all ranks
