@@ -50,8 +50,8 @@ def parse_args(argv):
     add("--past-context", action="store_true", help="let --max-new-tokens go beyond the context")
     add("--batch", type=arguments.count, help="images at once (default: what memory allows, at "
         f"most {MOST_AT_ONCE})")
-    add("--workers", type=arguments.count_or_none, default=2, help="processes that decode images "
-        "ahead of the device (default: 2)")
+    add("--workers", type=arguments.count_or_none, default=arguments.DECODERS,
+        help="processes that decode images ahead of the device (default: 2 with a GPU, else 0)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--dtype", choices=tuple(arguments.DTYPES),

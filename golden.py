@@ -48,6 +48,7 @@ from plumbing.tokenizer import Tokenizer
 
 PASSES = ("sample", "combine", "verify", "compose")
 CHUNK = 256             # rows that the tool LLM is given together
+AHEAD = 8               # images that a decoding process hands over together
 
 
 def parse_args(argv):
@@ -78,8 +79,8 @@ def parse_args(argv):
     add("--retry-errors", action="store_true", help="redo the images that ended in an error")
     add("--batch", type=arguments.count,
         help="images sampled at once; left out, as many as memory allows")
-    add("--workers", type=arguments.count_or_none, default=2,
-        help="processes per rank that decode images")
+    add("--workers", type=arguments.count_or_none, default=arguments.DECODERS,
+        help="processes per rank that decode images; left out, 2 with a GPU, else 0")
     arguments.add_device(p)
     tool_llm.add_flags(p)
     args = p.parse_args(argv)
@@ -290,8 +291,9 @@ def verify_pass(args, ranks, boxes):
         if todo.images:
             model = open_captioner(args, ranks.device, args.captioner, args.qa)
             cut = partial(cut_views, args.images, model.config.visual.image_size, boxes)
-            for [(image, pixels)] in data.ahead(todo.images, cut, args.workers):
-                todo.write(verify_row(model, todo.row(image), pixels))
+            for decoded in data.ahead(todo.images, cut, args.workers, AHEAD):
+                for image, pixels in decoded:
+                    todo.write(verify_row(model, todo.row(image), pixels))
     return todo.count, todo.seconds
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+# Processes that decode images ahead of a GPU; without one they would compete with the model.
+DECODERS = 2 if torch.cuda.is_available() else 0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
