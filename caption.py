@@ -3,9 +3,9 @@
 READS   images; a base (Hub name or folder); an adapter folder, if there is one
 WRITES  captions to stdout, as text or JSON lines; what was used and what went wrong to stderr
 
-    python caption.py img.jpg                               # Qwen/Qwen-VL, newest adapters under
-    out/ python caption.py --base assets/toy assets/toy/examples/*.png python caption.py photos/ --n
-    4 --temperature 1 --jsonl > captions.jsonl
+    python caption.py img.jpg                           # Qwen/Qwen-VL, newest adapters under out/
+    python caption.py --base assets/toy assets/toy/examples/*.png
+    python caption.py photos/ --n 4 --temperature 1 --jsonl > captions.jsonl
 """
 import argparse
 import functools
