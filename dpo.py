@@ -37,7 +37,7 @@ from tqdm import tqdm
 import adapters
 from chunking import LAYOUTS, views
 from generate import sample
-from model import QwenVL
+from model import PADDING, QwenVL
 from plumbing import arguments, data, train
 from plumbing.errors import InputError
 from plumbing.images import open_image
@@ -138,7 +138,7 @@ def caption_logps(model, examples, eos_id, device):
     pixels = torch.cat([example["views"] for example in examples]).to(device)
     logps = model(ids, pixels, mask, branch=padded(examples, "branch", 0, device),
                   positions=padded(examples, "positions", 0, device),
-                  logp_of=padded(examples, "targets", -100, device))        # (B, K), 0 at padding
+                  logp_of=padded(examples, "targets", PADDING, device))     # (B, K), 0 at padding
     n_captions = 1 + max(max(example["owner"]) for example in examples)
     owner = padded(examples, "owner", 0, device)
     return logps.new_zeros(len(examples), n_captions).scatter_add(1, owner, logps)

@@ -353,9 +353,14 @@ class Run:
 
     def stops(self):
         """Whether any rank was asked to stop; all ranks ask this together, and get one answer."""
-        if not self.exit_code and self.ranks.sum(self.stop.asked):
-            self.exit_code = 128 + (self.stop.asked or signal.SIGTERM)
+        if not self.exit_code:
+            self.heed(self.ranks.sum(self.stop.asked))
         return bool(self.exit_code)
+
+    def heed(self, asked):
+        """Stop if any rank was asked to; asked: summed over the ranks."""
+        if asked:
+            self.exit_code = 128 + (self.stop.asked or signal.SIGTERM)
 
     def save(self, step):
         save_checkpoint(self.args.out, self.ranks, step, self.fixed, self.trained, self.optimizer)
@@ -372,8 +377,7 @@ class Step:
         self.run, self.number, self.parts, self.began = run, number, micro_batches, began
         self.examples = [example for part in micro_batches for example in part]
         lost, asked = run.ranks.sums([None in self.examples, run.stop.asked])
-        if asked:                                       # while images were decoded, or validating
-            run.exit_code = 128 + (run.stop.asked or signal.SIGTERM)
+        run.heed(asked)                                 # while images were decoded, or validating
         if lost:
             raise InputError(f"step {number + 1}: not one image can be read any more. The last "
                              f"checkpoint is in {run.args.out}/resume")
