@@ -29,9 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from chunking import LAYOUTS
-from model import CAPTION_PROMPT, Slot
 from plumbing import files, weights
 from plumbing.errors import InputError
+from plumbing.parts import Slot
 
 TOWERS = ("vision", "language")
 
@@ -54,16 +54,16 @@ class Adapter(nn.Module):
 
 
 class LoRA(nn.Module):
-    """x (..., D) -> (..., 3 D), added to the frozen q, k, v projection of x: 2 · up(down(x)).
+    """x (..., D) -> (..., E), added to a frozen projection of x to q, k, v: 2 · up(down(x)).
 
     LoRA (https://arxiv.org/abs/2106.09685, eq. 3) with B = up, A = down and a scale of
     alpha / rank = 2. A rival of the adapters, for comparison.
     """
 
-    def __init__(self, width, rank, device=None):
+    def __init__(self, width, width_out, rank, device=None):
         super().__init__()
         self.down = nn.Linear(width, rank, bias=False, device=device)
-        self.up = nn.Linear(rank, 3 * width, bias=False, device=device)
+        self.up = nn.Linear(rank, width_out, bias=False, device=device)
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x):
@@ -89,22 +89,6 @@ class SoftPrompt(nn.Module):
 
 
 # ---------------------------------------------------------------- where it goes
-def slots(model, where=TOWERS, kind="adapter"):
-    """Yield (slot, width) for every slot of the named towers that this kind of adapter goes into.
-
-    kind "adapter": after attention and after the MLP of each block; "lora": at q, k, v.
-    """
-    towers = {"vision": (model.transformer.visual.transformer["resblocks"],
-                         model.config.visual.width),
-              "language": (model.transformer.h, model.config.hidden_size)}
-    for tower in where:
-        blocks, width = towers[tower]
-        for block in blocks:
-            adapter_slots = (block.attn_slot, block.mlp_slot)
-            for slot in adapter_slots if kind == "adapter" else (block.attn.lora_slot,):
-                yield slot, width
-
-
 def all_slots(model):
     """Every slot of a model, of adapters, LoRA and soft prompts."""
     return [module for module in model.modules() if isinstance(module, Slot)]
@@ -127,34 +111,40 @@ def check_attachable(model, name, where, reduction, below, kind):
         raise ValueError(f"want towers among {TOWERS} and adapter or lora, got {where}, {kind!r}")
     if below is not None and below not in attached:
         raise ValueError(f"no adapters named {below} are attached to go below")
-    if any(not 1 <= reduction <= width for _, width in slots(model, where)):
+    places = [place for tower in where for place in model.places(tower, kind)]
+    if any(not 1 <= reduction <= width for _, width, _ in places):
         flag = "--reduction" if kind == "adapter" else "--rank"
         raise InputError(f"{flag} {reduction}: want a whole number from 1 to the model's width")
+    if where and not places:
+        raise InputError(f"{model.base}: has no projections of its own for LoRA; take --tune "
+                         "adapters")
 
 
 def attach(model, name, where=TOWERS, reduction=8, below=None, soft_prompt=False, kind="adapter"):
     """Add fresh adapters by name to every block of the towers in `where`, switched on.
 
     They are put on top of the stack, or below the adapters named `below` (nearer the base).
-    soft_prompt: also a trainable prompt. kind "lora": low-rank updates of the q, k, v projections,
-    of rank `reduction`, instead. All else is frozen: the parameters that train now, whose names are
-    returned, are exactly the new ones.
+    soft_prompt: also a trainable prompt in place of the model's caption_text. kind "lora": low-rank
+    updates of the q, k, v projections, of rank `reduction`, instead. All else is frozen: the
+    parameters that train now, whose names are returned, are exactly the new ones.
     """
     check_attachable(model, name, where, reduction, below, kind)
-    device = model.lm_head.weight.device
     model.requires_grad_(False)
-    for slot, width in slots(model, where, kind):
-        make = Adapter if kind == "adapter" else LoRA
-        slot[name] = make(width, reduction, device)
-        at = slot.stack.index(below) if below in slot.stack else len(slot.stack)
-        slot.stack = (*slot.stack[:at], name, *slot.stack[at:])
+    for tower in where:
+        for slot, width, width_out in model.places(tower, kind):
+            if kind == "adapter":
+                slot[name] = Adapter(width, reduction, model.device)
+            else:
+                slot[name] = LoRA(width, width_out, reduction, model.device)
+            at = slot.stack.index(below) if below in slot.stack else len(slot.stack)
+            slot.stack = (*slot.stack[:at], name, *slot.stack[at:])
     if soft_prompt:
-        ids = torch.tensor(model.tokenizer.encode(CAPTION_PROMPT), device=device)
-        model.soft_prompts[name] = SoftPrompt(model.transformer.wte(ids))
+        model.soft_prompts[name] = SoftPrompt(model.embed_text(model.caption_text))
         model.soft_prompts.stack = (name,)
     model.attached[name] = {
         "kind": kind, "where": [tower for tower in TOWERS if tower in where],
-        "reduction": reduction, "soft_prompt": soft_prompt, "below": below}
+        "reduction": reduction, "soft_prompt": soft_prompt, "below": below,
+        "caption_prompt": model.caption_text}
     trained = sorted(n for n, p in model.named_parameters() if p.requires_grad)
     assert trained == names_of(model, name), "exactly the new parameters must train"
     return trained
@@ -207,6 +197,8 @@ def read_card(folder):
     if not isinstance(card, dict) or not all(
             isinstance(card.get(key), wanted) for key, wanted in types.items()):
         raise InputError(f"{path}: is not the description of an adapter folder")
+    if not isinstance(card.get("caption_prompt", ""), str):
+        raise InputError(f"{path}: caption_prompt is not a text")
     boxes = card.get("views", [list(box) for box in LAYOUTS["six"]])
     if not isinstance(boxes, list) or not boxes or not all(map(is_box, boxes)):
         raise InputError(f"{path}: views is not a list of boxes (left, top, right, bottom from 0 "
@@ -283,6 +275,7 @@ def load(model, folder):
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: is not a whole safetensors file ({error})") from None
+    model.caption_text = card.get("caption_prompt", model.caption_text)
     try:
         attach(model, card["name"], tuple(card["where"]), card["reduction"], below,
                card["soft_prompt"], card.get("kind", "adapter"))

@@ -2,29 +2,57 @@
 
     python bench.py                     # a random small model with real lengths, on the CPU
     python bench.py --only pairs --rounds 10
+    python bench.py --against trl --threads 1 --json trl.json       # next to TRL
+    python bench.py --against generate --threads 1                  # next to transformers
 
 pairs       a training step on a chosen and a rejected caption, packed behind one image prefix
             | as two sequences
 reference   a training step with cached reference log-probs | with the reference run again
 samples     8 captions of one image on one prefix | one after the other
 questions   64 yes/no questions packed behind one prefix | one after the other
+
+--against measures next to other people's code, on a random Qwen2.5-VL and one image of 400 tokens,
+then of 1,200. Each contestant has a process of its own, and they take turns. Images are prepared
+beforehand. Memory is the peak above the loaded model.
+
+trl         forward and backward of a pair, with gradient checkpointing: captions of 60 tokens
+            packed | as two rows | by TRL's DPOTrainer with loss_type ["sigmoid", "sft"]. It trains
+            LoRA in the places and of the size of our adapters, and runs the reference in every
+            step, since it caches none for images. Here that is done once per caption, and timed
+            apart.
+generate    8 captions of 64 tokens on one prefix | by model.generate(num_return_sequences=8)
 """
 import argparse
 import functools
+import importlib.util
+import json
+import platform
+import shlex
 import statistics
 import sys
+import tempfile
 import time
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
-from dpo import caption_logps, pack
-from generate import decode, prefill
+import adapters
+from base import open_base
+from dpo import caption_logps, pack, pair_losses, pair_up
+from generate import decode, prefill, sample
 from model import Config, QwenVL, VisionConfig
-from plumbing import arguments
+from plumbing import arguments, weights
+from plumbing.errors import InputError
 
 # Lengths of the real model, in tokens; START is the id of <img> in the small vocabulary.
 QUERIES, VIEWS, PROMPT, CAPTION, QUESTION, START = 256, 6, 6, 300, 16, 600
 N_SAMPLES, SAMPLE, N_QUESTIONS = 8, 50, 64
+# The same of --against. A caption of 60 has its end token among them.
+PEER_PROMPT, PEER_CAPTION, PEER_SAMPLE, BETA = 20, 60, 64, 0.1
+NEEDED = {"trl": ("torchvision", "trl", "peft", "accelerate", "datasets"),
+          "generate": ("torchvision",)}
 
 
 def parse_args(argv):
@@ -33,13 +61,22 @@ def parse_args(argv):
     add = p.add_argument
     add("--only", choices=tuple(BENCHES), help="this comparison alone")
     add("--rounds", type=arguments.count, default=5, help="timed runs of each side (default: 5)")
-    add("--hidden", type=arguments.count, default=256, help="width of the language model, a "
-        "multiple of 128 (default: 256)")
-    add("--layers", type=arguments.count, default=4, help="its layers; the ViT has half as many "
-        "again (default: 4)")
+    add("--hidden", type=arguments.count, help="width of the language model, a multiple of 128 "
+        "(default: 256, or 512 with --against)")
+    add("--layers", type=arguments.count, help="its layers; the ViT has half as many again, with "
+        "--against half as many (default: 4, or 8 with --against)")
     add("--threads", type=arguments.count, default=torch.get_num_threads(), help="of PyTorch")
     add("--device", default="cpu", help="cpu or cuda")
-    return p.parse_args(argv)
+    add("--against", choices=tuple(NEEDED), help="TRL's DPOTrainer, or transformers' generate")
+    add("--image-tokens", type=arguments.count, nargs="+", default=[400, 1200], metavar="N",
+        help="of the image of --against (default: 400 1200)")
+    add("--json", type=Path, metavar="FILE", help="write the figures of --against to a file")
+    args = p.parse_args(argv)
+    if args.json and not args.against:
+        p.error("--json goes with --against")
+    args.hidden = args.hidden or (512 if args.against else 256)
+    args.layers = args.layers or (8 if args.against else 4)
+    return args
 
 
 def random_model(args):
@@ -144,8 +181,8 @@ def questions(model, images, device):
 BENCHES = {"pairs": pairs, "reference": reference, "samples": samples, "questions": questions}
 
 
-def main(argv=None):
-    args = parse_args(argv)
+def next_to_plain(args):
+    """Run and print the comparisons of BENCHES."""
     torch.set_num_threads(args.threads)
     model = random_model(args)
     images = torch.randn(VIEWS, 3, 112, 112, device=args.device)
@@ -159,6 +196,143 @@ def main(argv=None):
             print(f"{name:10} ours {ours:8.3f} s   plain {plain:8.3f} s   plain / ours "
                   f"{plain / ours:5.2f}", flush=True)
     return 0
+
+
+# ---------------------------------------------------------------- next to other people's code
+def open_peer(job):
+    model = open_base(job.folder, device=job.device)
+    model.caption_text = job.request
+    return model, model.look([job.picture])
+
+
+def train_pair(n_rows, job, turns):
+    """A contestant: training steps on a pair of captions, in one row or in two."""
+    model, images = open_peer(job)
+    trained = [model.get_parameter(name) for name in adapters.attach(model, "caption")]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6)
+    model.train()
+    model.checkpointing = True
+    prompt, eos = model.caption_prompt(images), model.tokenizer.eos_id
+    captions = [[*model.answer(text), eos] for text in job.captions]
+    packs = [captions] if n_rows == 1 else [[caption] for caption in captions]
+    rows = [{**pack(prompt, together), "views": images} for together in packs]
+    turns.facts = {"trained": sum(p.numel() for p in trained),
+                   "tokens": sum(len(row["ids"]) for row in rows)}
+    options = SimpleNamespace(loss="dpo", beta=job.beta, ce=1.0)
+    while True:
+        with turns, torch.no_grad(), adapters.active(model, []):
+            reference = caption_logps(model, rows, eos, job.device).flatten().tolist()
+        pair = {"drawn": [0], "lengths": [len(caption) for caption in captions],
+                "ref_chosen": reference[0], "ref_rejected": reference[1:]}
+        with turns:
+            logps = caption_logps(model, rows, eos, job.device).view(1, 2)
+            losses, _ = pair_losses(options, pair_up(logps, [pair]), None)
+            losses.sum().backward()
+            turns.facts["loss"] = losses.item()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def caption(job, turns):
+    """A contestant: several captions of an image on one prefix."""
+    model, images = open_peer(job)
+    model.never = sorted({*model.never, *model.tokenizer.ends})     # no caption ends early
+    turns.facts["tokens"] = len(model.caption_prompt(images))
+    while True:
+        with turns:
+            captions = sample(model, [images], ["image"], job.n_samples, job.sample)[0]
+        assert all(caption["tokens"] == job.sample for caption in captions)
+
+
+def summary(parts):
+    """{part: reports} -> a contestant's median seconds, peak memory and other facts."""
+    *_, last_part = parts.values()
+    seconds = {part: statistics.median(report["seconds"] for report in reports[1:])
+               for part, reports in parts.items()}
+    facts = {"loss": last_part[0]["loss"]} if "loss" in last_part[0] else {}    # the warm-up's
+    return {**last_part[-1], **facts, "seconds": seconds}
+
+
+def ratios(ours, other):
+    """How many times as long, all parts and the last one alone, and how much memory."""
+    *_, (part, ours_last) = ours["seconds"].items()
+    return {"all seconds": sum(other["seconds"].values()) / sum(ours["seconds"].values()),
+            f"{part} seconds": other["seconds"][part] / ours_last,
+            "megabytes": other["megabytes"] / ours["megabytes"]}
+
+
+def show(n_tokens, figures):
+    """Print the figures of one size of image, the first contestant's first."""
+    print(f"image of {n_tokens} tokens")
+    ours = next(iter(figures.values()))
+    for name, row in figures.items():
+        parts = "   ".join(f"{part} {s:7.3f} s" for part, s in row["seconds"].items())
+        facts = [f"{row['tokens']} tokens"]
+        facts += [f"{row['trained'] / 1e6:.2f} M trained, first loss {row['loss']:.4f}"
+                  ] if "loss" in row else []
+        print(f"  {name:14} {parts:>36}   + {row['megabytes']:5.0f} MB   {', '.join(facts)}")
+    for name, row in list(figures.items())[1:]:
+        times = "   ".join(f"{key} {x:5.2f}" for key, x in ratios(ours, row).items())
+        print(f"  {name} / {next(iter(figures))}: {times}", flush=True)
+
+
+def hardware(args):
+    """What the figures were measured on."""
+    if args.device != "cpu":
+        return {"gpu": torch.cuda.get_device_name(), "threads": args.threads}
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {"cpu": names[0] if names else platform.processor(), "threads": args.threads}
+
+
+def against(args, argv):
+    """Run, print and write the comparison of --against. InputError where a package is missing."""
+    needed = NEEDED[args.against]
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise InputError(f"--against {args.against} needs {', '.join(missing)}; pip install "
+                         f"{' '.join(missing)}")
+    from plumbing import peers  # here, since it imports transformers
+
+    both = ("reference", "step")
+    contestants = {
+        "trl": {"packed": (functools.partial(train_pair, 1), both),
+                "two rows": (functools.partial(train_pair, 2), both),
+                "trl": (peers.train_trl, ("step",))},
+        "generate": {"one prefix": (caption, ("captions",)),
+                     "generate": (peers.generate, ("captions",))}}[args.against]
+    figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        numbers, words = peers.write_base(folder, args.hidden, args.layers)
+        print(f"Qwen2.5-VL of {numbers / 1e6:.1f} M parameters, {args.device}, {args.threads} "
+              "threads", flush=True)
+        texts = [words[i::3] for i in range(3)]
+        job = SimpleNamespace(
+            folder=folder, device=args.device, threads=args.threads, rounds=args.rounds, beta=BETA,
+            dtype=weights.usual_dtype(torch.device(args.device)), n_samples=N_SAMPLES,
+            sample=PEER_SAMPLE, request=" ".join(texts[0][:PEER_PROMPT]),
+            captions=["".join(f" {word}" for word in text[:PEER_CAPTION - 1])
+                      for text in texts[1:]])
+        for job.n_tokens in args.image_tokens:
+            job.picture = peers.picture(job.n_tokens)
+            reports = peers.race(contestants, job)
+            figures[job.n_tokens] = {name: summary(parts) for name, parts in reports.items()}
+            show(job.n_tokens, figures[job.n_tokens])
+    if args.json:
+        command = ["python", "bench.py", *(sys.argv[1:] if argv is None else argv)]
+        versions = {name: version(name) for name in ("torch", "transformers", *needed)}
+        result = {"command": shlex.join(command), "hardware": hardware(args), "figures": figures,
+                  "versions": {"python": platform.python_version(), **versions}}
+        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    return 0
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        return against(args, argv) if args.against else next_to_plain(args)
+    except InputError as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ import torch
 from tqdm import tqdm
 
 import adapters
-from chunking import LAYOUTS, views
+from base import open_base
+from chunking import LAYOUTS, crops
 from generate import MOST_AT_ONCE, images_at_once, room_left, sample, without_loop
-from model import QwenVL
 from plumbing import arguments, data
 from plumbing.errors import InputError
 from plumbing.images import find_images, open_image
@@ -56,6 +56,7 @@ def parse_args(argv):
         help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--dtype", choices=tuple(arguments.DTYPES),
         help="of the weights (default: bfloat16 on a GPU, float32 on the CPU)")
+    arguments.add_caption_prompt(p)
     args = p.parse_args(argv)
     if not all(args.images):
         p.error("an image's name is empty")
@@ -90,40 +91,44 @@ def load_model(args):
     folder = None if args.adapters == "none" else args.adapters or default_adapters()
     card = adapters.read_card(folder) if folder else {"base": DEFAULT_BASE}
     base = args.base or card["base"]
-    model = QwenVL.from_pretrained(base, arguments.DTYPES.get(args.dtype), args.device)
+    model = open_base(base, arguments.DTYPES.get(args.dtype), args.device,
+                      caption_prompt=args.caption_prompt)
     if folder and not args.adapters and card["fingerprint"] != model.fingerprint:
         folder = None               # the default folder, but of another base than the one asked for
     boxes = adapters.views_of(folder, args.views)
+    if folder and args.caption_prompt:
+        raise InputError(f"--caption-prompt: the adapters in {folder} remember theirs; leave it "
+                         "out, or give --adapters none")
     if folder:
         adapters.load(model, folder)
     used = f"adapters {folder}" if folder else "no adapters, its own caption prompt"
-    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     print(f"base {base}, {used}, {dtype} on {args.device}", file=sys.stderr)
     return model, boxes
 
 
 # ---------------------------------------------------------------- captions
-def look(size, boxes, image):
-    """(path, name) of an image -> its views (V, 3, S, S); in a worker process."""
+def look(model, boxes, image):
+    """(path, name) of an image -> what the model sees of it; in a worker process."""
     path, _ = image
-    return views(open_image(path), size, boxes)
+    return model.look(crops(open_image(path), model.image_size, boxes))
 
 
 def caption_batch(model, args, batch):
-    """Caption pairs ((path, name), views or InputError) -> for each, its results.
+    """Caption pairs ((path, name), what `look` gave, or InputError) -> for each, its results.
 
     Results are captions {"caption", "finish", "tokens"}, or one {"error"}.
     """
-    good = [(name, pixels) for (_, name), pixels in batch if not isinstance(pixels, InputError)]
+    good = [(name, seen) for (_, name), seen in batch if not isinstance(seen, InputError)]
     captions = iter(caption_views(model, args, *zip(*good)) if good else [])
-    return [[{"error": str(pixels)}] if isinstance(pixels, InputError) else next(captions)
-            for _, pixels in batch]
+    return [[{"error": str(seen)}] if isinstance(seen, InputError) else next(captions)
+            for _, seen in batch]
 
 
-def caption_views(model, args, names, pixels):
-    """Names of images and their views (V, 3, S, S) -> a list of --n results for each."""
+def caption_views(model, args, names, seen):
+    """Names of images and what the model sees of each -> a list of --n results for each."""
     try:
-        return sample(model, torch.stack(pixels), names, args.n, args.max_new_tokens,
+        return sample(model, seen, names, args.n, args.max_new_tokens,
                       args.temperature, args.top_p, args.seed, args.past_context)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
@@ -157,7 +162,7 @@ def one_line(result):
 
 def caption_all(model, args, images, boxes, at_once):
     """Caption [(path, name)], decoded ahead of the device, and show the results -> failures."""
-    make = functools.partial(look, model.config.visual.image_size, boxes)
+    make = functools.partial(look, model, boxes)
     bad = 0
     quiet = True if len(images) <= at_once else None        # None: a bar where stderr is a terminal
     with tqdm(total=len(images), unit="image", disable=quiet) as bar:

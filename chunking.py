@@ -38,21 +38,30 @@ def normalise(image):
     return (pixels.float() / 255 - MEAN) / STD
 
 
-def views(image, size=448, boxes=BOXES):
-    """An RGB image -> its views (V, 3, size, size), normalised, one for each box.
+def crops(image, size=448, boxes=BOXES):
+    """An RGB image -> its views as PIL images of size × size, one for each box.
 
-    size is the model's image_size. The whole image is the base model's own preprocessing, bit for
-    bit: stretched to a square with PIL's bicubic filter. The crops come from the original, resized
-    once to twice that size, never from the small whole image.
+    The whole image is stretched to a square with PIL's bicubic filter, as Qwen-VL's own
+    preprocessing does. The others are cut from the original, resized once to twice that size, never
+    from the small whole image. Where the whole image is the only view it stays as it is: the
+    model's `look` brings it to a size of its own.
     """
+    if set(boxes) == {WHOLE}:
+        return [image] * len(boxes)
     side = 2 * size
-    full = image.resize((side, side), Image.BICUBIC) if set(boxes) != {WHOLE} else None
-    pixels = []
+    full = image.resize((side, side), Image.BICUBIC)
+    pictures = []
     for box in boxes:
-        if box == WHOLE:
-            view = image.resize((size, size), Image.BICUBIC)
-        else:
-            crop = full.crop([round(edge * side) for edge in box])
-            view = crop.resize((size, size), Image.BICUBIC)     # changes nothing if it has the size
-        pixels.append(normalise(view))
-    return torch.stack(pixels)
+        view = image if box == WHOLE else full.crop([round(edge * side) for edge in box])
+        pictures.append(square(view, size))
+    return pictures
+
+
+def square(image, size):
+    """An image stretched to size × size; as it is if it has that size."""
+    return image if image.size == (size, size) else image.resize((size, size), Image.BICUBIC)
+
+
+def views(image, size=448, boxes=BOXES):
+    """An RGB image -> its views (V, 3, size, size), normalised; size is the model's image_size."""
+    return torch.stack([normalise(square(view, size)) for view in crops(image, size, boxes)])

@@ -8,6 +8,7 @@ WRITES  out/dpo: adapters.safetensors, adapters.json, log.jsonl, reference-*.jso
     python dpo.py
     torchrun --nproc_per_node 6 dpo.py
     python dpo.py --init out/dpo --data out/golden-2/golden.jsonl --out out/dpo-2      # next round
+    python dpo.py --init none       # golden captions by a bare base: fresh adapters, no SFT before
 
     loss = preference(chosen, rejected) + ce · -log p(chosen) / tokens(chosen)
 
@@ -35,12 +36,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import adapters
-from chunking import LAYOUTS, views
-from generate import sample
-from model import PADDING, QwenVL
+from base import open_base
+from chunking import LAYOUTS, crops
+from generate import room_left, sample
 from plumbing import arguments, data, train
 from plumbing.errors import InputError
 from plumbing.images import open_image
+from plumbing.parts import PADDING
 
 LOSSES = ("dpo", "hinge", "ipo", "kto", "none")
 FIGURES = ("preference_loss", "nll_loss", "rewards/chosen", "rewards/rejected", "rewards/margins",
@@ -52,8 +54,12 @@ def parse_args(argv):
     p = arguments.stage_parser(__doc__, "out/dpo", "out/golden/golden.jsonl", "golden rows",
                                lr=5e-5, batch=32, epochs=1.0)
     add = p.add_argument
-    add("--init", type=Path, default=Path("out/sft"), help="the captioner's adapter folder")
-    add("--base", help="Hub name or folder of the base; left out, that of the captioner")
+    add("--init", type=arguments.folder_or_none, default=Path("out/sft"),
+        help="the captioner's adapter folder, or none: fresh adapters on the bare base")
+    add("--base", help="Hub name or folder of the base; left out, the captioner's, or that of the "
+        "golden rows")
+    add("--reduction", type=arguments.count, default=8,
+        help="of fresh adapters: width of the model ÷ width of a bottleneck")
     add("--loss", choices=LOSSES, default="dpo", help="preference loss; none: CE alone")
     add("--beta", type=arguments.positive, default=0.1, help="strength of the preference loss; "
         "ipo and kto have scales of their own")
@@ -63,28 +69,30 @@ def parse_args(argv):
     add("--watch", type=arguments.count_or_none, default=8, help="held-out images captioned at "
         "every checkpoint")
     add("--views", choices=tuple(LAYOUTS), help="views of an image; must be the captioner's")
+    arguments.add_caption_prompt(p)
     args = p.parse_args(argv)
+    if args.init and args.caption_prompt:
+        p.error("--caption-prompt: the adapters of --init remember theirs; leave it out")
     if args.loss == "none" and args.ce == 0:
         p.error("--loss none with --ce 0 leaves nothing to learn from")
     return args
 
 
 # ---------------------------------------------------------------- golden rows
-def encode_rows(tokenizer, rows, room):
+def encode_rows(model, rows, room):
     """Add each caption's target ids -> the rows whose chosen caption fits, and how many do not.
 
     room: tokens left in the context after the prompt. A chosen caption ends in the end token; a
     rejected one only if the model ended it and it fits. One that looped or was cut off keeps its
     text, so that training lowers the probability of the loop and not of the end token. Samples are
-    raw and usually begin with a space, which belongs to the first token.
+    raw: a leading space belongs to the first token.
     """
-    fitting = []
+    fitting, eos = [], model.tokenizer.eos_id
     for row in rows:
-        chosen = [*tokenizer.encode(" " + row["chosen"].strip()), tokenizer.eos_id]
+        chosen = [*model.answer(row["chosen"].strip()), eos]
         rejected = []
         for r in row["rejected"]:
-            text = r["caption"] if r["caption"].startswith(" ") else " " + r["caption"]
-            ids = tokenizer.encode(text) + [tokenizer.eos_id] * (r["finish"] == "eos")
+            ids = model.answer(r["caption"]) + [eos] * (r["finish"] == "eos")
             rejected.append(ids[:room])
         if len(chosen) <= room:
             fitting.append({**row, "chosen_ids": chosen, "rejected_ids": rejected})
@@ -135,8 +143,8 @@ def caption_logps(model, examples, eos_id, device):
     ids = padded(examples, "ids", eos_id, device)                               # (B, L)
     lengths = torch.tensor([len(example["ids"]) for example in examples], device=device)
     mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-    pixels = torch.cat([example["views"] for example in examples]).to(device)
-    logps = model(ids, pixels, mask, branch=padded(examples, "branch", 0, device),
+    images = data.together([example["views"] for example in examples])
+    logps = model(ids, images, mask, branch=padded(examples, "branch", 0, device),
                   positions=padded(examples, "positions", 0, device),
                   logp_of=padded(examples, "targets", PADDING, device))     # (B, K), 0 at padding
     n_captions = 1 + max(max(example["owner"]) for example in examples)
@@ -145,11 +153,12 @@ def caption_logps(model, examples, eos_id, device):
 
 
 # ---------------------------------------------------------------- the reference
-def all_captions(prompt, size, boxes, row):
+def all_captions(model, boxes, row):
     """A row with every caption whose reference log-prob training may need."""
     captions = [row["chosen_ids"], *row["rejected_ids"]]
     captions += [row["mismatched_ids"]] if "mismatched_ids" in row else []
-    return {**pack(prompt, captions), "views": views(open_image(row["image"]), size, boxes)}
+    images = model.look(crops(open_image(row["image"]), model.image_size, boxes))
+    return {**pack(model.caption_prompt(images), captions), "views": images}
 
 
 def reference_name(model, boxes, rows, start_hash):
@@ -157,8 +166,8 @@ def reference_name(model, boxes, rows, start_hash):
     keys = ("id", "image", "chosen_ids", "rejected_ids", "mismatched_ids")
     contents = [[str(row.get(key)) for key in keys] for row in rows]
     files = [[row["image"].stat().st_size, row["image"].stat().st_mtime_ns] for row in rows]
-    depends = [model.fingerprint, start_hash, str(model.lm_head.weight.dtype),
-               model.config.seq_length, boxes, contents, files]
+    depends = [model.fingerprint, start_hash, str(model.dtype), model.seq_length,
+               model.caption_text, boxes, contents, files]
     return f"reference-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]}"
 
 
@@ -178,13 +187,12 @@ def reference_logps(args, ranks, model, boxes, rows, start_hash):
                 known[row.pop("id")] = row
     # shares first, then the filter: else a share would depend on when a rank reads the files
     missing = [row for row in rows[ranks.rank::ranks.world] if row["id"] not in known]
-    prompt, size = model.caption_prompt(len(boxes)), model.config.visual.image_size
     # line-buffered: a row is on disk once computed; the newline ends a line torn by a crash
     with (args.out / f"{name}-{ranks.rank}.jsonl").open("a", encoding="utf-8", buffering=1) as file:
         file.write("\n")
         for row in tqdm(missing, desc="reference", unit="row", disable=not ranks.is_master):
             try:
-                answer = score_row(model, all_captions(prompt, size, boxes, row), row, ranks.device)
+                answer = score_row(model, all_captions(model, boxes, row), row, ranks.device)
             except InputError as error:                 # data.Examples will take the next row
                 answer = {"error": str(error)}
             file.write(json.dumps({"id": row["id"], **answer}) + "\n")
@@ -202,7 +210,7 @@ def score_row(model, example, row, device):
 
 
 # ---------------------------------------------------------------- examples
-def make_example(args, prompt, size, boxes, reference, row, epoch):
+def make_example(args, model, boxes, reference, row, epoch):
     """A row -> its chosen and this epoch's rejected captions behind one prefix, and the reference.
 
     The rejected ones are drawn by seed, row and epoch. InputError for an image that cannot be read.
@@ -214,8 +222,9 @@ def make_example(args, prompt, size, boxes, reference, row, epoch):
     n_rejected = len(row["rejected_ids"])
     drawn = rng.sample(range(n_rejected), min(args.max_rejected, n_rejected))
     captions = [row["chosen_ids"], *(row["rejected_ids"][k] for k in drawn)]
-    example = {**pack(prompt, captions), "id": row["id"], "drawn": drawn,
-               "views": views(open_image(row["image"]), size, boxes),
+    images = model.look(crops(open_image(row["image"]), model.image_size, boxes))
+    prompt = model.caption_prompt(images)
+    example = {**pack(prompt, captions), "id": row["id"], "drawn": drawn, "views": images,
                "lengths": [len(caption) for caption in captions],
                "ref_chosen": ref["chosen"], "ref_rejected": [ref["rejected"][k] for k in drawn]}
     if args.loss == "kto":
@@ -350,8 +359,8 @@ def watch(ranks, model, images, boxes, seed):
     captions = []
     for image in images[ranks.rank::ranks.world]:
         with contextlib.suppress(InputError):           # reported with the held-out rows
-            pixels = views(open_image(image), model.config.visual.image_size, boxes)
-            captions += sample(model, pixels[None], [image.name], 1, seed=seed)[0]
+            seen = model.look(crops(open_image(image), model.image_size, boxes))
+            captions += sample(model, [seen], [image.name], 1, seed=seed)[0]
     captions = ranks.gather(captions)
     if not captions:
         return {}
@@ -363,6 +372,30 @@ def watch(ranks, model, images, boxes, seed):
 
 
 # ---------------------------------------------------------------- main
+def open_captioner(args, device):
+    """The captioner, which is the policy's start and the reference -> model, boxes of the views,
+    name of its adapters.
+
+    Without a folder to start from it is the base that made the golden rows, as golden.py opened it,
+    with fresh adapters, which change nothing yet.
+    """
+    made = data.read_settings(args.data.parent).get("sample", {})
+    card = adapters.read_card(args.init) if args.init else made
+    base = args.base or card.get("base")
+    if not base:
+        raise InputError(f"--init none: {args.data.parent}/settings.json, which golden.py writes, "
+                         "does not name the base of the golden rows; give --base")
+    views = args.views or (None if args.init else made.get("views"))
+    boxes = adapters.views_of(args.init, views)
+    prompt = None if args.init else args.caption_prompt or made.get("caption_prompt")
+    torch.manual_seed(args.seed)
+    model = open_base(base, arguments.DTYPES.get(args.dtype), device, caption_prompt=prompt)
+    if args.init:
+        return model, boxes, adapters.load(model, args.init)["name"]
+    adapters.attach(model, "caption", reduction=args.reduction)
+    return model, boxes, "caption"
+
+
 def adapters_to_train(args, model, name):
     """Make the captioner's adapters trainable, and nothing else -> {name: parameter}."""
     for n in adapters.names_of(model, name):
@@ -384,18 +417,15 @@ def main(argv=None):
 def learn(args, ranks):
     """The whole stage on one rank -> exit code."""
     # ---- the captioner, which is the policy's start and the reference
-    base = args.base or adapters.read_card(args.init)["base"]
-    boxes = adapters.views_of(args.init, args.views)
-    model = QwenVL.from_pretrained(base, arguments.DTYPES.get(args.dtype), ranks.device)
-    captioner = adapters.load(model, args.init)["name"]
+    model, boxes, captioner = open_captioner(args, ranks.device)
 
     # ---- data
     rows, bad = data.read_golden(args.data)
-    prompt, eos = model.caption_prompt(len(boxes)), model.tokenizer.eos_id
-    rows, n_long = encode_rows(model.tokenizer, rows, model.config.seq_length - len(prompt))
+    room, eos = room_left(model, len(boxes)), model.tokenizer.eos_id
+    rows, n_long = encode_rows(model, rows, room)
     if not rows:
         raise InputError(f"{args.data}: no chosen caption fits in the context of "
-                         f"{model.config.seq_length} tokens")
+                         f"{model.seq_length} tokens")
     rows = add_mismatched(rows) if args.loss == "kto" else rows
     rows, held_out = data.split(rows, args.holdout, args.seed)
 
@@ -410,13 +440,15 @@ def learn(args, ranks):
                        model, trained, ranks, args.micro_batch)
 
     # ---- the reference's log-probs, before training and before run.steps() loads a checkpoint
-    start, size = model.loaded[captioner], model.config.visual.image_size
+    start = model.loaded.get(captioner, "the bare base")
     reference = reference_logps(args, ranks, model, boxes, [*rows, *held_out], start)
-    make = functools.partial(make_example, args, prompt, size, boxes, reference)
+    make = functools.partial(make_example, args, model, boxes, reference)
 
     # ---- the loop
     fixed = {"base": model.fingerprint, "start": start, "rows": data.rows_hash(rows),
              **train.fixed(args, "loss", "beta", "ce", "max_rejected", golden=len(rows))}
+    if not args.init:
+        fixed |= {"reduction": args.reduction, "prompt": model.caption_text}
     run = train.Run(args, ranks, policy, optimizer, trained, rows, make, fixed)
     for step in run.steps():
         n_rows = ranks.sum(len(step.examples))

@@ -6,97 +6,32 @@ prefix in one forward. The random numbers of a sample depend on (seed, image nam
 alone, so neither the batch nor the number of cards changes them.
 """
 import contextlib
-import functools
 import hashlib
-import weakref
+from collections import defaultdict
+from itertools import pairwise
 
 import numpy as np
 import torch
 
-from model import causal_attention
+from chunking import crops
+from plumbing.data import together
 from plumbing.errors import InputError
+from plumbing.images import open_image
 from plumbing.positions import ntk_alpha
 from plumbing.weights import free_bytes
 
 COPIES = 3              # a statement this many times in a row is a loop
 LOOP_TOKENS = 24        # so is a run this long of a shorter pattern, such as one endless word
 STATEMENT_ENDS = ",.;:!?\n，。；、"
+LONGEST = 2048          # tokens of a caption where no limit is given and the context is longer
 MOST_AT_ONCE = 16       # images in a batch, even where memory allows more
 MAX_PACKED = 8192       # tokens of one packed row of questions; its mask takes the square in bytes
 
 
-# ---------------------------------------------------------------- cache
-class LayerCache:
-    """Keys and values of one layer.
-
-    prefix (I, H, P, head), one per image, shared by its n samples; tail (I·n, H, room, head).
-    """
-
-    def __init__(self, cache):
-        # weak: in a reference cycle, keys and values of finished batches would fill the device
-        # until Python happens to collect garbage
-        self.cache = weakref.proxy(cache)
-        self.prefix = self.tail = None
-
-    def attend(self, q, k, v, allowed):
-        """Causal attention of the prefix in the first call, later of one new token per sample."""
-        if self.prefix is None:
-            self.start(k, v)
-            return causal_attention(q, k, v, allowed)
-        return self.step(q, k, v)
-
-    def start(self, k, v):
-        # copies: k and v are views of q, k and v together, which matmul would copy at every step
-        self.prefix = k.contiguous(), v.contiguous()
-        I, H, _, head = k.shape
-        shape = (I * self.cache.samples, H, self.cache.room, head)
-        self.tail = k.new_zeros(shape), v.new_zeros(shape)
-
-    def step(self, q, k, v):
-        """q, k, v (I·n, H, 1, head) of the new tokens -> what they read from prefix and tail."""
-        cache, (prefix_k, prefix_v), (tail_k, tail_v) = self.cache, self.prefix, self.tail
-        n, t = cache.samples, cache.used
-        tail_k[:, :, t], tail_v[:, :, t] = k[:, :, 0], v[:, :, 0]
-        B, H, _, head = q.shape
-        I, P = B // n, prefix_k.shape[2]
-        q = q * head ** -0.5                    # before the product, which in float16 may overflow
-        # the samples of an image are the queries of one product with its prefix
-        to_prefix = q.view(I, n, H, head).transpose(1, 2) @ prefix_k.transpose(2, 3)  # (I, H, n, P)
-        if cache.mask is not None:
-            to_prefix = to_prefix.masked_fill(~cache.mask[:, None, None], float("-inf"))
-        to_prefix = to_prefix.transpose(1, 2).reshape(B, H, 1, P)
-        to_tail = q @ tail_k[:, :, :t + 1].transpose(2, 3)                    # (I·n, H, 1, t+1)
-        scores = torch.cat([to_prefix, to_tail], dim=-1)
-        share = scores.float().softmax(-1).type_as(v)                         # one softmax for both
-        of_prefix = share[..., :P].view(I, n, H, P).transpose(1, 2) @ prefix_v
-        of_prefix = of_prefix.transpose(1, 2).reshape(B, H, 1, head)
-        of_tail = share[..., P:] @ tail_v[:, :, :t + 1]                       # (I·n, H, 1, head)
-        return of_prefix + of_tail
-
-
-class Cache:
-    """The cache of a model for `samples` continuations of each prefix, of up to `room` tokens."""
-
-    def __init__(self, model, samples, room):
-        self.samples, self.room, self.used = samples, room, 0
-        self.layers = [LayerCache(self) for _ in model.transformer.h]
-
-    @property
-    def filled(self):
-        return self.layers[-1].prefix is not None
-
-    def start(self, mask, alpha, length):
-        """Keep what the prefill decides: padding (mask), NTK alpha, and the number of slots."""
-        self.mask, self.alpha, self.length = mask, alpha, length
-
-    def place(self, ids):
-        """The logical position of the next token, the same for all samples."""
-        return torch.full((1, ids.shape[1]), self.length + self.used, device=ids.device)
-
-
+# ---------------------------------------------------------------- one step after another
 def prefill(model, ids, images, mask, samples, room):
     """Run the prefixes -> a filled cache, and the logits (I·samples, vocab) of the first token."""
-    cache = Cache(model, samples, room)
+    cache = model.cache(samples, room)
     last = torch.tensor([ids.shape[1] - 1], device=ids.device)
     logits = model(ids, images, mask, positions=last, cache=cache)[:, 0]      # (I, vocab)
     return cache, logits.repeat_interleave(samples, dim=0)
@@ -176,58 +111,68 @@ def choose(logits, u, temperature, top_p):
     return at.clamp(max=p.shape[-1] - 1)[:, 0]
 
 
-def room_left(model, n_views, max_new_tokens=None, past_context=False):
+def room_left(model, images, max_new_tokens=None, past_context=False):
     """How many tokens a caption may have: max_new_tokens, and unless past_context no more than the
-    trained context has left. InputError where the prompt alone fills the context."""
-    prefix = len(model.caption_prompt(n_views))
-    left = model.config.seq_length - prefix
+    trained context has left. InputError where the prompt alone fills the context.
+
+    images: what `look` gave for an image, or how many views there are.
+    """
+    prefix = len(model.caption_prompt(images))
+    left = model.seq_length - prefix
     if past_context and max_new_tokens is not None:
         return max_new_tokens
     if left < 1:
-        raise InputError(f"the prompt is {prefix} tokens ({n_views} views), the context "
-                         f"{model.config.seq_length}")
-    return left if max_new_tokens is None else min(max_new_tokens, left)
+        raise InputError(f"the prompt is {prefix} tokens, the context {model.seq_length}; take "
+                         "fewer views (--views one)")
+    return min(left, LONGEST if max_new_tokens is None else max_new_tokens)
 
 
 def images_at_once(model, n_views, samples, room):
     """How many images, with `samples` tails of `room` tokens each, fit in half the free memory."""
-    config, weight = model.config, model.lm_head.weight
-    free = free_bytes(weight.device)
+    free = free_bytes(model.device)
     if free is None:
         return MOST_AT_ONCE
     tokens = len(model.caption_prompt(n_views)) + samples * room
-    per_token = 2 * config.num_hidden_layers * config.hidden_size * weight.dtype.itemsize
-    return max(1, min(MOST_AT_ONCE, int(free / 2 / (per_token * tokens))))
-
-
-def plain_text(tokenizer, ids):
-    """The text of a caption's ids, without special tokens: as text they would mislead a reader."""
-    return tokenizer.decode(i for i in ids if i < tokenizer.eos_id)
+    return max(1, min(MOST_AT_ONCE, int(free / 2 / (model.cache_bytes * tokens))))
 
 
 def sample(model, views, names, n=1, max_new_tokens=None, temperature=1.0, top_p=1.0, seed=0,
            past_context=False):
     """n captions for each image -> a list per image of n results {"caption", "finish", "tokens"}.
 
-    views (I, V, 3, S, S); names (I): what the images are called, for their random numbers. caption
-    is the raw text as the model wrote it, leading space and any loop included; finish says why it
-    ended: "eos" (the end token), "length", or "repeat" (the same statement again and again); tokens
-    counts the caption's tokens without the end token.
+    views (I): what the model's `look` gave for each image; names (I): what the images are called,
+    for their random numbers. caption is the raw text as the model wrote it, leading space and any
+    loop included; finish says why it ended: "eos" (an end token), "length", or "repeat" (the same
+    statement again and again); tokens counts the caption's tokens without the end token.
     """
-    I, V = views.shape[:2]
+    I = len(views)
     if (len(names) != I or n < 1 or temperature < 0 or not 0 < top_p <= 1
             or (max_new_tokens or 1) < 1):
         raise ValueError(f"want {I} names, n ≥ 1, temperature ≥ 0, 0 < top_p ≤ 1 and "
                          "max_new_tokens ≥ 1")
-    device, tokenizer = model.lm_head.weight.device, model.tokenizer
-    room = room_left(model, V, max_new_tokens, past_context)
-    ids = torch.tensor([model.caption_prompt(V)] * I, device=device)
-    numbers = [uniforms(seed, name, k, room) for name in names for k in range(n)]
-    u = torch.tensor(np.array(numbers), device=device)                        # (I·n, room)
-    captions, finish = [[] for _ in range(I * n)], [None] * (I * n)
+    prompts = [model.caption_prompt(images) for images in views]
+    alike = defaultdict(list)                   # images of other proportions may have other lengths
+    for i, prompt in enumerate(prompts):
+        alike[len(prompt)].append(i)
+    results = [None] * I
+    for members in alike.values():
+        room = room_left(model, views[members[0]], max_new_tokens, past_context)
+        numbers = [uniforms(seed, names[i], k, room) for i in members for k in range(n)]
+        ids = torch.tensor([prompts[i] for i in members], device=model.device)
+        of_members = draw(model, ids, together([views[i] for i in members]), n, room,
+                          torch.tensor(np.array(numbers), device=model.device), temperature, top_p)
+        for k, i in enumerate(members):
+            results[i] = of_members[k * n:(k + 1) * n]
+    return results
+
+
+def draw(model, ids, images, n, room, u, temperature, top_p):
+    """Captions of prompts ids (I, L) that are equally long, drawn with u (I·n, room) -> results."""
+    tokenizer = model.tokenizer
+    captions, finish = [[] for _ in u], [None] * len(u)
     with evaluating(model):
-        cache, logits = prefill(model, ids, views.flatten(0, 1), None, n, room)
-        if not bool(logits.isfinite().all()):
+        cache, logits = prefill(model, ids, images, None, n, room)
+        if not bool(logits.amax(-1).isfinite().all()):
             raise InputError("the model's logits are not finite; in float16, try bfloat16 or "
                              "float32")
         for t in range(room):
@@ -238,17 +183,16 @@ def sample(model, views, names, n=1, max_new_tokens=None, temperature=1.0, top_p
             if all(finish) or t + 1 == room:
                 break
             logits = decode(model, cache, tokens)
-    results = [{"caption": plain_text(tokenizer, caption), "finish": reason or "length",
-                "tokens": len(caption)} for caption, reason in zip(captions, finish)]
-    return [results[i * n:(i + 1) * n] for i in range(I)]
+    return [{"caption": tokenizer.plain_text(caption), "finish": reason or "length",
+             "tokens": len(caption)} for caption, reason in zip(captions, finish)]
 
 
 def append(caption, token, tokenizer):
     """Append a token to a caption (list of ids) -> why the caption ends here, or None."""
-    if token == tokenizer.eos_id:
+    if token in tokenizer.ends:
         return "eos"
     caption.append(token)
-    return "repeat" if loops(caption, functools.partial(plain_text, tokenizer)) else None
+    return "repeat" if loops(caption, tokenizer.plain_text) else None
 
 
 # ---------------------------------------------------------------- questions
@@ -291,26 +235,82 @@ def packed_rows(questions, n_prefix, seq_length):
 def yes_probability(model, views, questions):
     """P(yes) of each question about one image, each asked alone -> (M,) float32.
 
-    views (V, 3, S, S); questions (M) as text, asked as `{question} Answer:`. All are packed behind
-    one image prefix and cannot see each other, in one forward, or in several (see packed_rows).
+    views: what the model's `look` gave; questions (M) as text, asked as the base's own form wants
+    it. All are packed behind one image prefix and cannot see each other, in one forward, or in
+    several (see packed_rows).
     P(yes) is the softmax mass of the yes tokens against the no tokens at the first answer position.
     """
-    device = model.lm_head.weight.device
+    device = model.device
     yes, no = yes_and_no(model.tokenizer)
-    prefix = model.image_prompt(len(views), "")
-    encoded = [model.tokenizer.encode(f"{question} Answer:") for question in questions]
+    prefix, images = model.head(views), together([views])
+    encoded = [model.question(question) for question in questions]
     parts = [torch.zeros(0, device=device)]
     with evaluating(model):
-        for row in packed_rows(encoded, len(prefix), model.config.seq_length):
+        for row in packed_rows(encoded, len(prefix), model.seq_length):
             ids = prefix + [token for question in row for token in question]
             ids = torch.tensor([ids], device=device)                              # (1, L)
             lengths = torch.tensor([len(prefix), *map(len, row)], device=device)
             branch = torch.arange(len(lengths), device=device).repeat_interleave(lengths)[None]
             last = lengths.cumsum(0)[1:] - 1                                      # (M,)
-            logits = model(ids, views, branch=branch, positions=last)[0].float()  # (M, vocab)
+            logits = model(ids, images, branch=branch, positions=last)[0].float()  # (M, vocab)
             log_odds = logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)
             parts.append(torch.sigmoid(log_odds))
     return torch.cat(parts)
+
+
+def answers(model, boxes, rows, report):
+    """P(yes) and truth of question rows, image by image: two lists. report: gets the reason where
+    an image cannot be read."""
+    p_yes, truth = [], []
+    for image in dict.fromkeys(row["image"] for row in rows):
+        about = [row for row in rows if row["image"] == image]
+        try:
+            images = model.look(crops(open_image(image), model.image_size, boxes))
+        except InputError as error:
+            report(str(error))
+            continue
+        p_yes += yes_probability(model, images, [row["question"] for row in about]).tolist()
+        truth += [row["yes"] for row in about]
+    return p_yes, truth
+
+
+# ---------------------------------------------------------------- the gate
+def gate(p_yes, truth, threshold):
+    """Accuracy, precision and recall of "yes" at a threshold; p_yes and truth are lists."""
+    verdicts = [p >= threshold for p in p_yes]
+    right = sum(verdict and true for verdict, true in zip(verdicts, truth))
+    return {"accuracy": sum(verdict == true for verdict, true in zip(verdicts, truth)) / len(truth),
+            "precision": right / max(sum(verdicts), 1), "recall": right / max(sum(truth), 1)}
+
+
+def calibrate(p_yes, truth):
+    """The threshold t on P(yes) with the best F1 for "yes"; of equals, the one nearest to .5.
+
+        F1(t) = 2 TP / (TP + FP + TP + FN) = 2 TP(t) / (kept(t) + yes)
+
+    TP(t): questions with P(yes) ≥ t whose answer is yes; kept(t): all with P(yes) ≥ t; yes: all
+    whose answer is yes. Candidates lie halfway between neighbouring P(yes). Sorted by P(yes), both
+    counts are running sums: n log n.
+
+    Half of the questions are true, but most of the statements that the gate judges. With the share
+    s of true statements, which can be estimated from their P(yes), the odds of the threshold could
+    be divided by s / (1 - s). That would be right if a statement got P(yes) as a question of its
+    class does. Measured in the toy world (docs/claims.md, "prior"), it gains nothing on a base that
+    sees everything, and goes the wrong way on one that errs: the false statements of a model are
+    those that it tends to believe, and a higher threshold is better. So there is no correction;
+    golden.py has --threshold.
+    """
+    ranked = sorted(zip(p_yes, truth), reverse=True)
+    edges = sorted({0.0, 1.0, *p_yes}, reverse=True)
+    candidates, right, kept = [], 0, 0
+    for above, below in pairwise(edges):
+        while kept < len(ranked) and ranked[kept][0] >= above:
+            right += ranked[kept][1]
+            kept += 1
+        f1 = 2 * right / max(kept + sum(truth), 1)
+        threshold = (above + below) / 2
+        candidates.append((round(f1, 9), -abs(threshold - 0.5), -threshold))
+    return -max(candidates)[2]
 
 
 # ---------------------------------------------------------------- loops

@@ -1,6 +1,7 @@
 """Stage 3: golden captions, combined from samples and stripped of statements that fail the check.
 
-READS   images; the captioner, out/sft; the QA adapter, out/qa; a tool LLM, by default plain rules
+READS   images; the captioner, out/sft, or none, the bare base; the QA adapter, out/qa, or none; a
+        tool LLM, by default plain rules
 WRITES  out/golden: golden.jsonl for dpo.py; record.jsonl, every image, with the reason if it was
         left out (both by plumbing/records.py); index.html, a page to look at; a file per pass and
         rank
@@ -9,6 +10,8 @@ WRITES  out/golden: golden.jsonl for dpo.py; record.jsonl, every image, with the
     torchrun --nproc_per_node 6 golden.py --images photos/ --tool hf:Qwen/Qwen2.5-7B-Instruct
     # the next round
     python golden.py --images photos/ --captioner out/dpo --qa out/qa-2 --out out/golden-2
+    # with a base that follows instructions: no data but the images
+    python golden.py --images photos/ --captioner none --qa none --base Qwen/Qwen3-VL-4B-Instruct
 
 Captioner and tool LLM may not fit on one card together, so the work is split into four passes that
 exchange files. Each can be stopped at any moment and resumed with any number of ranks.
@@ -23,9 +26,12 @@ What the source, the blog post ATAC-Qwen-VL, leaves open:
     --no-resolve keeps all that pass
  3. the rejected side is the samples as they are: one that loops or is cut off keeps its loop and
     gets no end token, so that training lowers the probability of the loop and not of ending
+ 4. without a QA adapter the bare base answers, whoever captions: a judge that no round changes. Its
+    threshold is .5, or calibrated on --calibrate's questions
 """
 import argparse
 import gc
+import json
 import os
 import re
 import sys
@@ -36,15 +42,22 @@ import torch
 
 import adapters
 import tool_llm
-from chunking import LAYOUTS, views
-from generate import images_at_once, room_left, sample, without_loop, yes_probability
-from model import CAPTION_PROMPT, Config, QwenVL
-from plumbing import arguments, data, rules, shards, train, weights
+from base import open_base
+from chunking import LAYOUTS, crops
+from generate import (
+    answers,
+    calibrate,
+    images_at_once,
+    room_left,
+    sample,
+    without_loop,
+    yes_probability,
+)
+from plumbing import arguments, data, files, rules, shards, train
 from plumbing.errors import InputError
 from plumbing.images import find_images, open_image
 from plumbing.page import write_page
 from plumbing.records import summary, write_records
-from plumbing.tokenizer import Tokenizer
 
 PASSES = ("sample", "combine", "verify", "compose")
 CHUNK = 256             # rows that the tool LLM is given together
@@ -55,9 +68,14 @@ def parse_args(argv):
     p = arguments.parser(__doc__)
     add = p.add_argument
     add("--images", type=Path, required=True, help="folder of images, searched with its subfolders")
-    add("--captioner", type=Path, default=Path("out/sft"), help="adapter folder of the captioner")
-    add("--qa", type=Path, default=Path("out/qa"), help="QA adapter folder made for this captioner")
+    folder = arguments.folder_or_none
+    add("--captioner", type=folder, default=Path("out/sft"), help="adapter folder of the "
+        "captioner, or none: the bare base captions")
+    add("--qa", type=folder, default=Path("out/qa"), help="QA adapter folder made for this "
+        "captioner, or none: the bare base answers")
     add("--base", help="Hub name or folder of the base; left out, the captioner's")
+    add("--calibrate", type=Path, metavar="FILE", help="with --qa none: questions with answers "
+        "(JSONL) on which its threshold is set; left out, it is .5")
     add("--views", choices=tuple(LAYOUTS), help="views of an image; left out, the captioner's")
     add("--out", type=Path, default=Path("out/golden"), help="folder to write, or to resume")
     add("--passes", default=",".join(PASSES), help="which passes to run, separated by commas")
@@ -82,9 +100,11 @@ def parse_args(argv):
     add("--workers", type=arguments.count_or_none, default=arguments.DECODERS,
         help="processes per rank that decode images; left out, 2 with a GPU, else 0")
     arguments.add_device(p)
+    arguments.add_caption_prompt(p)
     tool_llm.add_flags(p)
     args = p.parse_args(argv)
     tool_llm.check_flags(p, args)
+    check_bare(p, args)
     args.passes = [name.strip() for name in args.passes.split(",") if name.strip()]
     if not args.passes or not set(args.passes) <= set(PASSES):
         p.error(f"--passes: want some of {','.join(PASSES)}")
@@ -94,35 +114,48 @@ def parse_args(argv):
     return args
 
 
+def check_bare(p, args):
+    """argparse's one-line error where flags about a bare base and about adapters meet."""
+    if args.captioner is None and not args.base:
+        p.error("--captioner none needs --base, the Hub name or folder of the base that captions")
+    if args.captioner is None and args.qa:
+        p.error("--captioner none goes with --qa none: a QA adapter is made for a captioner")
+    if args.captioner and args.caption_prompt:
+        p.error("--caption-prompt: the adapters of --captioner remember theirs; leave it out")
+    if args.qa and args.calibrate:
+        p.error("--calibrate: qa_adapter.py calibrated the threshold of --qa; leave it out")
+
+
 # ---------------------------------------------------------------- sample
-def cut_views(folder, size, boxes, image):
-    """An image of the folder, by name -> its views (V, 3, size, size); done by worker processes."""
-    return views(open_image(folder / image), size, boxes)
+def look(model, folder, boxes, image):
+    """An image of the folder, by name -> what the model sees of it; done by worker processes."""
+    return model.look(crops(open_image(folder / image), model.image_size, boxes))
 
 
 def sample_rows(args, model, boxes, images):
     """Images by name -> rows {"image", "samples"}, --samples raw captions each, or with "error"."""
     room = room_left(model, len(boxes), args.max_new_tokens)
     at_once = args.batch or images_at_once(model, len(boxes), args.n, room)
-    cut = partial(cut_views, args.images, model.config.visual.image_size, boxes)
-    for decoded in data.ahead(images, cut, args.workers, at_once):
-        names, pixels = [], []
+    see = partial(look, model, args.images, boxes)
+    for decoded in data.ahead(images, see, args.workers, at_once):
+        names, seen = [], []
         for image, views_or_error in decoded:
             if isinstance(views_or_error, InputError):
                 yield {"image": image, "error": str(views_or_error)}
             else:
                 names.append(image)
-                pixels.append(views_or_error)
+                seen.append(views_or_error)
         if names:
-            of_images = sample_batch(args, model, torch.stack(pixels), names)
+            of_images = sample_batch(args, model, seen, names)
             for image, samples in zip(names, of_images):
                 yield {"image": image, "samples": samples}
 
 
-def sample_batch(args, model, pixels, names):
-    """pixels (I, V, 3, S, S), names of I images -> I lists of {"caption", "finish", "tokens"}."""
+def sample_batch(args, model, seen, names):
+    """What the model sees of I images, and their names -> I lists of {"caption", "finish",
+    "tokens"}."""
     try:
-        return sample(model, pixels, names, args.n, args.max_new_tokens, args.temperature,
+        return sample(model, seen, names, args.n, args.max_new_tokens, args.temperature,
                       args.top_p, args.seed)
     except torch.OutOfMemoryError:
         raise InputError(f"out of memory with {len(names)} images × {args.n} captions; try a "
@@ -170,16 +203,17 @@ def combine_rows(tool, rows):
 
 
 # ---------------------------------------------------------------- verify
-def verify_row(model, row, pixels):
+def verify_row(model, row, seen):
     """A row whose statements have "p_yes", or one with "error" where the image cannot be read.
 
-    All questions about the image are in one forward, and none sees another. pixels (V, 3, S, S).
+    All questions about the image are in one forward, and none sees another. seen: what the model
+    sees of the image.
     """
-    if isinstance(pixels, InputError):
-        return {**row, "error": str(pixels)}
+    if isinstance(seen, InputError):
+        return {**row, "error": str(seen)}
     questions = [statement["question"] for statement in row["statements"]]
     try:
-        p_yes = yes_probability(model, pixels, questions).tolist()
+        p_yes = yes_probability(model, seen, questions).tolist()
     except torch.OutOfMemoryError:
         raise InputError(f"out of memory with {len(questions)} questions about one image; lower "
                          "generate.MAX_PACKED") from None
@@ -220,7 +254,7 @@ def judge(statements, threshold, min_votes, resolve):
     return [{**statement, "kept": k in kept} for k, statement in enumerate(statements)]
 
 
-def pair(row, tokenizer, room):
+def pair(row, model, room):
     """A row with "chosen" -> with "rejected" too, or with "left_out", why it cannot be used.
 
     room: how many tokens a caption may have, end token included.
@@ -231,7 +265,7 @@ def pair(row, tokenizer, room):
         text = " ".join(result["caption"].split())
         if text and text != chosen:
             rejected.append(result)
-    row = {**row, "tokens": len(tokenizer.encode(" " + row["chosen"])) + 1}     # and the end token
+    row = {**row, "tokens": len(model.answer(row["chosen"])) + 1}           # and the end token
     if row["tokens"] > room:
         return {**row, "left_out": "golden longer than the context"}
     if not rejected:
@@ -239,7 +273,7 @@ def pair(row, tokenizer, room):
     return {**row, "rejected": rejected}
 
 
-def compose_rows(args, tool, tokenizer, room, threshold, rows):
+def compose_rows(args, tool, model, room, threshold, rows):
     """Yield rows with "chosen", the golden caption, and "rejected", or "left_out", or "error"."""
     for chunk in data.batched(rows, CHUNK):
         to_correct = []
@@ -250,7 +284,7 @@ def compose_rows(args, tool, tokenizer, room, threshold, rows):
             if len(kept) < args.min_statements:
                 yield {**row, "left_out": "too few statements kept" if kept else "nothing kept"}
             elif row["combined"] == ", ".join(kept):        # nothing was split or refused
-                yield pair({**row, "chosen": row["combined"]}, tokenizer, room)
+                yield pair({**row, "chosen": row["combined"]}, model, room)
             else:
                 to_correct.append(row)
 
@@ -258,7 +292,7 @@ def compose_rows(args, tool, tokenizer, room, threshold, rows):
             if isinstance(answer, tool_llm.ToolError):
                 yield {**to_correct[k], "error": f"correct: {answer}"}
             else:
-                yield pair({**to_correct[k], "chosen": answer}, tokenizer, room)
+                yield pair({**to_correct[k], "chosen": answer}, model, room)
 
 
 # ---------------------------------------------------------------- the four passes
@@ -269,7 +303,7 @@ def sample_pass(args, ranks, boxes):
         raise InputError(f"{args.images}: no images in it")
     with shards.Pass(args.out, ranks, "sample", images, retry_errors=args.retry_errors) as todo:
         if todo.images:
-            model = open_captioner(args, ranks.device, args.captioner)
+            model = open_captioner(args, ranks.device, *filter(None, [args.captioner]))
             for row in sample_rows(args, model, boxes, todo.images):
                 todo.write(row)
     return todo.count, todo.seconds
@@ -289,20 +323,20 @@ def verify_pass(args, ranks, boxes):
     """Captioner and QA adapter: P(yes) of each question."""
     with later_pass(args, ranks, "verify", before="combine") as todo:
         if todo.images:
-            model = open_captioner(args, ranks.device, args.captioner, args.qa)
-            cut = partial(cut_views, args.images, model.config.visual.image_size, boxes)
-            for decoded in data.ahead(todo.images, cut, args.workers, AHEAD):
-                for image, pixels in decoded:
-                    todo.write(verify_row(model, todo.row(image), pixels))
+            model = open_judge(args, ranks.device)
+            see = partial(look, model, args.images, boxes)
+            for decoded in data.ahead(todo.images, see, args.workers, AHEAD):
+                for image, seen in decoded:
+                    todo.write(verify_row(model, todo.row(image), seen))
     return todo.count, todo.seconds
 
 
-def compose_pass(args, ranks, tokenizer, room, threshold):
+def compose_pass(args, ranks, model, room, threshold):
     """Tool LLM: a caption of the statements that are kept."""
     with later_pass(args, ranks, "compose", before="verify") as todo:
         if todo.images:
             tool = open_tool(args, ranks.device)
-            for row in compose_rows(args, tool, tokenizer, room, threshold, todo.rows()):
+            for row in compose_rows(args, tool, model, room, threshold, todo.rows()):
                 todo.write(row)
     return todo.count, todo.seconds
 
@@ -319,14 +353,24 @@ def later_pass(args, ranks, name, before):
     return todo
 
 
+def base_of(args):
+    """The name or folder of the base."""
+    return args.base or adapters.read_card(args.captioner)["base"]
+
+
 def open_captioner(args, device, *folders):
-    """The base with the adapters of some folders."""
+    """The base with the adapters of some folders, in that order."""
     release_memory(device)
-    base = args.base or adapters.read_card(args.captioner)["base"]
-    model = QwenVL.from_pretrained(base, arguments.DTYPES.get(args.dtype), device)
+    model = open_base(base_of(args), arguments.DTYPES.get(args.dtype), device,
+                      caption_prompt=args.caption_prompt)
     for folder in folders:
         adapters.load(model, folder)
     return model
+
+
+def open_judge(args, device):
+    """The model that answers questions: captioner and QA adapter, or the bare base."""
+    return open_captioner(args, device, *([args.captioner, args.qa] if args.qa else []))
 
 
 def open_tool(args, device):
@@ -343,16 +387,10 @@ def release_memory(device):
 
 
 # ---------------------------------------------------------------- before the passes
-def caption_room(base, n_views):
-    """The tokenizer of a base, and how many tokens a caption may have; weights are not read."""
-    folder = weights.resolve(base, weights=False)
-    config, tokenizer = Config.from_json(folder / "config.json"), Tokenizer(folder)
-    prompt = n_views * (config.visual.n_queries + 2) + len(tokenizer.encode(CAPTION_PROMPT))
-    return tokenizer, config.seq_length - prompt
-
-
 def read_qa(args):
     """{"hash", "threshold"} of the QA adapter. InputError where it is for another captioner."""
+    if args.qa is None:
+        return {"hash": "none", "threshold": args.threshold, "calibrate": str(args.calibrate)}
     card = adapters.read_card(args.qa)
     if card.get("parent_hash") != adapters.folder_hash(args.captioner):
         raise InputError(f"{args.qa}: was trained below the captioner {card.get('parent')}, and "
@@ -363,10 +401,37 @@ def read_qa(args):
     return {"hash": adapters.folder_hash(args.qa), "threshold": threshold}
 
 
+def threshold_of_bare(args, ranks, boxes):
+    """The threshold of a judge without a QA adapter: --threshold, or calibrated once, or .5.
+
+    What was calibrated is kept in calibration.json, with its share of right answers.
+    """
+    if args.threshold is not None or args.calibrate is None:
+        return 0.5 if args.threshold is None else args.threshold
+    path = args.out / "calibration.json"
+    if not all(ranks.gather([path.is_file()])):
+        rows, bad = data.read_questions(args.calibrate)
+        model = open_judge(args, ranks.device)
+        own = rows[ranks.rank::ranks.world]
+        p_yes, truth = answers(model, boxes, own, lambda reason: bad.append((reason, "left out")))
+        p_yes, truth = ranks.gather(p_yes), ranks.gather(truth)
+        if not truth:
+            raise InputError(f"{args.calibrate}: none of its images can be read")
+        if ranks.is_master:
+            data.report_bad("golden.py", bad)
+            files.write_json(path, {"threshold": calibrate(p_yes, truth), "questions": len(truth),
+                                    "file": str(args.calibrate)})
+        ranks.barrier()
+    return json.loads(path.read_text("utf-8"))["threshold"]
+
+
 def settings_of(args, qa):
     """{pass: all that its rows depend on}: the settings of this pass and of those before it."""
+    captioner = {"captioner": adapters.folder_hash(args.captioner)} if args.captioner else {
+        "captioner": "none", "base": args.base, "caption_prompt": args.caption_prompt,
+        "views": args.views}
     added = {
-        "sample": {"captioner": adapters.folder_hash(args.captioner), "dtype": str(args.dtype),
+        "sample": {**captioner, "dtype": str(args.dtype),
                    "images": os.path.relpath(args.images, args.out), "n": args.n,
                    "temperature": args.temperature, "top_p": args.top_p,
                    "max_new_tokens": args.max_new_tokens, "seed": args.seed},
@@ -374,6 +439,8 @@ def settings_of(args, qa):
         "verify": {"qa": qa.get("hash")},
         "compose": {"threshold": qa.get("threshold"), "min_votes": args.min_votes,
                     "resolve": args.resolve, "min_statements": args.min_statements}}
+    if "calibrate" in qa:
+        added["compose"]["calibrate"] = qa["calibrate"]
     settings, so_far = {}, {}
     for name in PASSES:
         so_far = {**so_far, **added[name]}
@@ -386,12 +453,14 @@ def run(args, ranks):
     """The passes on this rank and, on the first rank, the files made of all rows -> exit code."""
     if not args.images.is_dir():
         raise InputError(f"--images {args.images}: is not a folder")
-    base = args.base or adapters.read_card(args.captioner)["base"]
     boxes = adapters.views_of(args.captioner, args.views)
     qa = read_qa(args) if {"verify", "compose"} & set(args.passes) else {}
     args.out.mkdir(parents=True, exist_ok=True)
     shards.check_settings(args.out, ranks, args.passes, settings_of(args, qa))
-    tokenizer, room = caption_room(base, len(boxes))
+    prompts = open_base(base_of(args), weights_too=False, caption_prompt=args.caption_prompt)
+    room = room_left(prompts, len(boxes))
+    if "compose" in args.passes and args.qa is None:
+        qa["threshold"] = threshold_of_bare(args, ranks, boxes)
 
     times = {}              # {pass: (images done, seconds)}
     if "sample" in args.passes:
@@ -401,7 +470,7 @@ def run(args, ranks):
     if "verify" in args.passes:
         times["verify"] = verify_pass(args, ranks, boxes)
     if "compose" in args.passes:
-        times["compose"] = compose_pass(args, ranks, tokenizer, room, qa["threshold"])
+        times["compose"] = compose_pass(args, ranks, prompts, room, qa["threshold"])
 
     for name in times:
         of_ranks = ranks.gather([times[name]])

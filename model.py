@@ -22,15 +22,16 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
+from chunking import normalise, square
 from plumbing import weights
-from plumbing.positions import batch_alpha, resize_table, sincos_table
+from plumbing.cache import Cache, causal_attention
+from plumbing.parts import LOGITS_AT_ONCE, Slot, call, log_probabilities
+from plumbing.positions import batch_alpha, layout, resize_table, sincos_table
 from plumbing.tokenizer import Tokenizer
 
 CAPTION_PROMPT = "Generate the caption in English:"     # Qwen-VL's own, for captions without boxes
-PADDING = -100          # in `logp_of`, as in torch's cross_entropy
-LOGITS_AT_ONCE = 64     # rows of 151,936 logits: 39 MB in fp32, twice that while softmax runs
+QUESTION = "{} Answer:"                                 # its own for questions
 
 
 # ---------------------------------------------------------------- configuration
@@ -75,18 +76,6 @@ class Config:
 
 
 # ---------------------------------------------------------------- both towers
-class Slot(nn.ModuleDict):
-    """Modules that adapters.py adds by name. An empty slot adds nothing to the state dict."""
-
-    def __init__(self):
-        super().__init__()
-        self.stack = ()         # names of the modules that are switched on, from the base up
-
-    def active(self):
-        """The modules that are switched on, in that order."""
-        return [self[name] for name in self.stack]
-
-
 class Block(nn.Module):
     """A pre-norm residual block. Adapters change what attention and MLP add to x, not x itself."""
 
@@ -104,13 +93,6 @@ class Block(nn.Module):
         for adapter in self.mlp_slot.active():
             y = adapter(y)
         return x + y
-
-
-def call(block, *args, checkpointing):
-    """Run a block. With checkpointing its activations are recomputed in backward, not kept."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, *args, use_reentrant=False)
-    return block(*args)
 
 
 def random_parameter(*shape, std):
@@ -279,11 +261,6 @@ class Attention(nn.Module):
         return self.c_proj(y.transpose(1, 2).reshape(B, L, D))
 
 
-def causal_attention(q, k, v, allowed):
-    """q, k, v (B, H, L, D/H); allowed (B, 1, L, L) bool, None where causality is enough."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None)
-
-
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -301,27 +278,6 @@ def language_block(c):
     return Block(ln_1, Attention(c), ln_2, MLP(c))
 
 
-def layout(ids, mask, branch):
-    """The logical position of each token, place (B or 1, L), and what it may attend to.
-
-    A token sees what is before it of the prefix and of its own branch. Its position counts these,
-    padding included, and not the other branches. allowed (B, 1, L, L) bool, None for plain causal.
-    """
-    L, device = ids.shape[1], ids.device
-    if mask is None and branch is None:
-        return torch.arange(L, device=device)[None], None
-    allowed = torch.ones(L, L, dtype=torch.bool, device=device).tril()[None]
-    if branch is not None:
-        of_prefix = branch[:, None, :] == 0
-        of_own_branch = branch[:, None, :] == branch[:, :, None]
-        allowed = allowed & (of_prefix | of_own_branch)                       # (B, L, L)
-    place = allowed.sum(-1) - 1                                               # (B or 1, L)
-    if mask is not None:
-        allowed = allowed & mask[:, None, :]
-    itself = torch.eye(L, dtype=torch.bool, device=device)        # no empty row, hence no NaN
-    return place, (allowed | itself)[:, None]
-
-
 # ---------------------------------------------------------------- the whole model
 class QwenVL(nn.Module):
     """`.config`, `.tokenizer` (None without a checkpoint), `.base` (Hub name or folder)."""
@@ -336,6 +292,8 @@ class QwenVL(nn.Module):
             ln_f=RMSNorm(c.hidden_size, c.layer_norm_epsilon),
             visual=VisionTransformer(c.visual)))
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        self.seq_length, self.image_size = c.seq_length, c.visual.image_size
+        self.caption_text = CAPTION_PROMPT      # what is asked for where there is no soft prompt
         self.checkpointing = False       # recompute the blocks of both towers in backward
         self.fingerprint = None          # of the checkpoint's tensors: adapters know their base
         self.attached = {}               # name of adapters -> how adapters.py attached them
@@ -343,11 +301,11 @@ class QwenVL(nn.Module):
         self.soft_prompts = Slot()       # by the name of their adapters; at most one is active
 
     @classmethod
-    def from_pretrained(cls, name_or_dir, dtype=None, device="cpu"):
+    def from_pretrained(cls, name_or_dir, dtype=None, device="cpu", weights_too=True):
         """Hub name, or folder with config.json, weights and qwen.tiktoken -> a model in eval mode.
 
-        dtype None is bfloat16 on a GPU, float32 on the CPU. InputError for a file or tensor that is
-        missing, left over, misshaped, of another architecture, or too large.
+        dtype and weights_too as in base.open_base. InputError for a file or tensor that is missing,
+        left over, misshaped, of another architecture, or too large.
         """
         device = weights.usable_device(device)
         dtype = dtype or weights.usual_dtype(device)
@@ -356,23 +314,86 @@ class QwenVL(nn.Module):
         weights.check_vocabulary(folder, tokenizer, config)
         with torch.device("meta"):
             model = cls(config, tokenizer, str(name_or_dir))
+        if not weights_too:
+            return model.eval()
         weights.check_fits(model, name_or_dir, dtype, device)     # before the weights are fetched
         model.fingerprint = weights.fill(model, weights.resolve(name_or_dir), dtype, device)
         return model.eval()
 
-    def image_prompt(self, n_images, text):
-        """Token ids (list): n image spans, then a text in which special tokens are plain text."""
+    # ---- prompts and images
+    def look(self, pictures):
+        """PIL images, the views of one image -> (V, 3, S, S), normalised."""
+        return torch.stack([normalise(square(view, self.image_size)) for view in pictures])
+
+    def head(self, images):
+        """Token ids (list) of the image spans of a row; images: from `look`, or how many."""
+        n = images if isinstance(images, int) else len(images)
         t, Q = self.tokenizer, self.config.visual.n_queries
-        span = [t.image_start_id] + [t.image_pad_id] * Q + [t.image_end_id]
-        return span * n_images + t.encode(text)
+        return ([t.image_start_id] + [t.image_pad_id] * Q + [t.image_end_id]) * n
 
-    def caption_prompt(self, n_images):
-        """Token ids (list): n image spans, then the slots of the active soft prompt or the text."""
+    def request(self, text):
+        """Token ids (list) of what a user asks, in which special tokens are plain text."""
+        return self.tokenizer.encode(text)
+
+    def question(self, text):
+        """Token ids (list) that follow the image spans, for a yes/no question."""
+        return self.request(QUESTION.format(text))
+
+    def answer(self, text):
+        """Token ids (list) of what the model writes. Its first token carries the leading space."""
+        return self.tokenizer.encode(text if text.startswith(" ") else " " + text)
+
+    def caption_prompt(self, images):
+        """Token ids (list): the image spans, then the slots of the active soft prompt or the text.
+        """
         for soft_prompt in self.soft_prompts.active():
-            slots = [self.tokenizer.soft_prompt_id] * len(soft_prompt.vectors)
-            return self.image_prompt(n_images, "") + slots
-        return self.image_prompt(n_images, CAPTION_PROMPT)
+            return self.head(images) + [self.tokenizer.soft_prompt_id] * len(soft_prompt.vectors)
+        return self.head(images) + self.request(self.caption_text)
 
+    # ---- what adapters.py and generate.py ask for
+    def places(self, tower, kind="adapter"):
+        """[(slot, width in, width out)]: after attention and MLP of each block, or at q, k, v."""
+        blocks, D = self.transformer.h, self.config.hidden_size
+        if tower == "vision":
+            blocks, D = self.transformer.visual.transformer["resblocks"], self.config.visual.width
+        if kind == "lora":
+            return [(block.attn.lora_slot, D, 3 * D) for block in blocks]
+        return [(slot, D, D) for block in blocks for slot in (block.attn_slot, block.mlp_slot)]
+
+    def embed_text(self, text):
+        """A text's embeddings (n, D), from which a soft prompt starts."""
+        return self.transformer.wte(torch.tensor(self.request(text), device=self.device))
+
+    def cache(self, samples, room):
+        """For forward: keys and values of `samples` continuations of a prefix, of up to `room`."""
+        return Cache(len(self.transformer.h), samples, room)
+
+    @property
+    def device(self):
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self):
+        return self.lm_head.weight.dtype
+
+    @property
+    def cache_bytes(self):
+        return 2 * self.config.num_hidden_layers * self.config.hidden_size * self.dtype.itemsize
+
+    def training_bytes(self, trained, world, rows):
+        """As base.py; a row is the full context, with six views."""
+        c, v = self.config, self.config.visual
+        patches, tokens = rows * 6 * (v.image_size // v.patch_size) ** 2, rows * c.seq_length
+        towers = [(patches, v.width * v.layers, v.width * (4 + 2 * v.mlp_ratio) * 2),
+                  (tokens, c.hidden_size * c.num_hidden_layers,
+                   8 * c.hidden_size + 3 * c.intermediate_size)]
+        return weights.training_bytes(self, trained, world, towers, LOGITS_AT_ONCE * c.vocab_size)
+
+    def save(self, folder):
+        """Write a folder as from_pretrained reads it."""
+        weights.write_base(self, folder, weights.resolve(self.base) / "qwen.tiktoken")
+
+    # ---- forward
     def embed(self, ids, images):
         """Embeddings (B, L, D) of ids (B, L), with image vectors and soft prompt in their slots."""
         x = self.transformer.wte(ids)
@@ -400,7 +421,7 @@ class QwenVL(nn.Module):
                 cache=None):
         """Logits (B, L, vocab), or (B, K, vocab) at `positions`; with `logp_of` log-probs (B, K).
 
-        ids (B, L) int64, image spans as in `image_prompt`; images (N, 3, S, S), normalised, in the
+        ids (B, L) int64, image spans as in `head`; images (N, 3, S, S), normalised, in the
         order of the spans; mask (B, L) bool, False = padding; branch (B, L) int, 0 = prefix, k =
         its k-th continuation; positions int64, (K,) or (B, K); cache: a generate.Cache.
         logp_of (B, K) int64: the log-probability of each of these tokens after its position, in
@@ -433,18 +454,4 @@ class QwenVL(nn.Module):
             x = x[row, positions.expand(len(x), -1)]                          # (B, K, D)
         if logp_of is None:
             return self.lm_head(x)                                            # (B, L or K, vocab)
-        return self.log_probabilities(x, logp_of)                             # (B, K)
-
-    def log_probabilities(self, x, tokens):
-        """log p of tokens (B, K) after hidden states x (B, K, D): LOGITS_AT_ONCE rows at a time."""
-        real = tokens != PADDING
-        chunks = zip(x[real].split(LOGITS_AT_ONCE), tokens[real].split(LOGITS_AT_ONCE))
-        parts = [call(self.logps_of_chunk, *chunk, checkpointing=True) for chunk in chunks]
-        zeros = torch.zeros(tokens.shape, device=x.device)
-        return zeros.masked_scatter(real, torch.cat(parts))
-
-    def logps_of_chunk(self, x, tokens):
-        return -F.cross_entropy(self.lm_head(x).float(), tokens, reduction="none")
-
-    def training_bytes(self, trained, world, rows):
-        return weights.training_bytes(self, trained, world, rows, LOGITS_AT_ONCE)
+        return log_probabilities(self.lm_head, x, logp_of)                    # (B, K)

@@ -8,29 +8,27 @@ WRITES  out/qa: adapters.safetensors, adapters.json (with the calibrated thresho
     python qa_adapter.py --data questions.jsonl
     torchrun --nproc_per_node 6 qa_adapter.py --data questions.jsonl
     python qa_adapter.py --init out/dpo --out out/qa-2 --data questions.jsonl   # for the next round
+    python qa_adapter.py --test others.jsonl        # how often the gate is right on other questions
 
 Only the new adapters train: in the language model alone, since a narrow set of questions would pull
 the image embeddings towards itself, and below the captioning adapters, which stay active and
 frozen. What the source, the blog post ATAC-Qwen-VL, leaves open:
  1. "below" = nearer the base: sublayer -> QA adapter -> caption adapter -> residual
- 2. the prompt is the base's own VQA form, `{question} Answer:`, without the soft prompt
+ 2. the prompt is the base's own form, Qwen-VL's `{question} Answer:`, without the soft prompt
  3. the threshold on P(yes) is the one with the best F1 on held-out questions (see calibrate)
 """
 import argparse
 import functools
-import re
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 import adapters
-from chunking import LAYOUTS, views
-from generate import yes_probability
-from model import QwenVL
+from base import open_base
+from chunking import LAYOUTS, crops
+from generate import answers, calibrate, gate
 from plumbing import arguments, data, train
-from plumbing.errors import InputError
 from plumbing.images import open_image
 
 
@@ -44,36 +42,13 @@ def parse_args(argv):
     add("--vision", action=argparse.BooleanOptionalAction, default=False,
         help="train adapters in the ViT, too; the source warns against it")
     add("--views", choices=tuple(LAYOUTS), help="views of an image; must be the captioner's")
+    add("--test", type=Path, help="train nothing: ask these questions of the adapter in --out, and "
+        "print how often it is right at its threshold")
     p.set_defaults(holdout=0.1)
     return p.parse_args(argv)
 
 
 # ---------------------------------------------------------------- data
-def read_questions(path):
-    """Rows [{"where", "image", "question", "answer", "yes"}], and the bad ones [(where, reason)].
-
-    Answers become ` Yes …` or ` No …`, so that the first token answers the question.
-    """
-    rows, bad = [], []
-    for where, row in data.read_jsonl(path):
-        row = row or {}
-        image, question, answer = (row.get(key) for key in ("image", "question", "answer"))
-        if not all(isinstance(text, str) and text.strip() for text in (image, question, answer)):
-            bad.append((where, "not a JSON object with image, question and answer"))
-            continue
-        image, answer = Path(path).parent / image, " ".join(answer.split())
-        verdict = re.match(r"(yes|no)\b", answer, re.IGNORECASE)
-        if verdict is None:
-            bad.append((where, f"the answer {answer[:30]!r} starts with neither yes nor no"))
-        elif not data.is_there(image):
-            bad.append((where, f"{image} is not there"))
-        else:
-            answer = f" {verdict[1].capitalize()}{answer[verdict.end():]}"
-            rows.append({"where": where, "image": image, "question": " ".join(question.split()),
-                         "answer": answer, "yes": verdict[1].lower() == "yes"})
-    return data.need_rows(path, rows, bad)
-
-
 def fit_context(model, n_views, rows, bad):
     """The rows whose question fits in the context, and how many answers will be cut.
 
@@ -81,83 +56,60 @@ def fit_context(model, n_views, rows, bad):
     """
     kept, n_cut = [], 0
     for row in rows:
-        prompt = model.image_prompt(n_views, f"{row['question']} Answer:")
-        room = model.config.seq_length - 1 - len(prompt)
+        prompt = model.head(n_views) + model.question(row["question"])
+        room = model.seq_length - 1 - len(prompt)
         if room < 1:
             bad.append((row["where"], "the question does not fit in the context"))
         else:
             kept.append(row)
-            n_cut += len(model.tokenizer.encode(row["answer"])) > room
+            n_cut += len(model.answer(row["answer"])) > room
     return kept, n_cut
 
 
-def make_example(tokenizer, prefix, config, boxes, row, epoch=0):
+def make_example(model, boxes, row, epoch=0):
     """A row -> {"ids", "n_prompt", "views"}; in a worker process. InputError for a bad image."""
-    prompt = prefix + tokenizer.encode(f"{row['question']} Answer:")
-    answer = tokenizer.encode(row["answer"])[:config.seq_length - len(prompt) - 1]
-    pixels = views(open_image(row["image"]), config.visual.image_size, boxes)
-    return {"ids": [*prompt, *answer, tokenizer.eos_id], "n_prompt": len(prompt), "views": pixels}
+    images = model.look(crops(open_image(row["image"]), model.image_size, boxes))
+    prompt = model.head(images) + model.question(row["question"])
+    answer = model.answer(row["answer"])[:model.seq_length - len(prompt) - 1]
+    return {"ids": [*prompt, *answer, model.tokenizer.eos_id], "n_prompt": len(prompt),
+            "views": images}
 
 
 # ---------------------------------------------------------------- the gate
-def gate(p_yes, truth, threshold):
-    """Accuracy, precision and recall of "yes" at a threshold; p_yes and truth are lists."""
-    verdicts = [p >= threshold for p in p_yes]
-    right = sum(verdict and true for verdict, true in zip(verdicts, truth))
-    return {"accuracy": sum(verdict == true for verdict, true in zip(verdicts, truth)) / len(truth),
-            "precision": right / max(sum(verdicts), 1), "recall": right / max(sum(truth), 1)}
-
-
-def calibrate(p_yes, truth):
-    """The threshold t on P(yes) with the best F1 for "yes"; of equals, the one nearest to .5.
-
-        F1(t) = 2 TP / (TP + FP + TP + FN) = 2 TP(t) / (kept(t) + yes)
-
-    TP(t): questions with P(yes) ≥ t whose answer is yes; kept(t): all with P(yes) ≥ t; yes: all
-    whose answer is yes. Candidates lie halfway between neighbouring P(yes). Sorted by P(yes), both
-    counts are running sums: n log n.
-
-    Half of the questions are true, but most of the statements that the gate judges. With the share
-    s of true statements, which can be estimated from their P(yes), the odds of the threshold could
-    be divided by s / (1 - s). That would be right if a statement got P(yes) as a question of its
-    class does. Measured in the toy world (docs/claims.md, "prior"), it gains nothing on a base that
-    sees everything, and goes the wrong way on one that errs: the false statements of a model are
-    those that it tends to believe, and a higher threshold is better. So there is no correction;
-    golden.py has --threshold.
-    """
-    ranked = sorted(zip(p_yes, truth), reverse=True)
-    edges = sorted({0.0, 1.0, *p_yes}, reverse=True)
-    candidates, right, kept = [], 0, 0
-    for above, below in pairwise(edges):
-        while kept < len(ranked) and ranked[kept][0] >= above:
-            right += ranked[kept][1]
-            kept += 1
-        f1 = 2 * right / max(kept + sum(truth), 1)
-        threshold = (above + below) / 2
-        candidates.append((round(f1, 9), -abs(threshold - 0.5), -threshold))
-    return -max(candidates)[2]
-
-
 def ask_held_out(model, ranks, boxes, rows, run):
     """P(yes) and truth of every held-out question, image by image, from all ranks."""
     images = sorted({row["image"] for row in rows})
-    p_yes, truth = [], []
-    for image in images[ranks.rank::ranks.world]:
-        about = [row for row in rows if row["image"] == image]
-        try:
-            pixels = views(open_image(image), model.config.visual.image_size, boxes)
-        except InputError as error:
-            run.report("left out", str(error))
-            continue
-        p_yes += yes_probability(model, pixels, [row["question"] for row in about]).tolist()
-        truth += [row["yes"] for row in about]
+    own = set(images[ranks.rank::ranks.world])
+    report = functools.partial(run.report, "left out")
+    p_yes, truth = answers(model, boxes, [row for row in rows if row["image"] in own], report)
     return ranks.gather(p_yes), ranks.gather(truth)
 
 
 # ---------------------------------------------------------------- main
 def main(argv=None):
     args = parse_args(argv)
-    return train.run_stage("qa_adapter.py", args.device, functools.partial(learn, args))
+    return train.run_stage("qa_adapter.py", args.device,
+                           functools.partial(test if args.test else learn, args))
+
+
+def test(args, ranks):
+    """Ask questions of a QA adapter that is done, and print what its gate makes of them."""
+    card, boxes = adapters.read_card(args.out), adapters.views_of(args.init, args.views)
+    rows, bad = data.read_questions(args.test)
+    model = open_base(args.base or card["base"], arguments.DTYPES.get(args.dtype), ranks.device)
+    adapters.load(model, args.init)
+    adapters.load(model, args.out)
+    rows, _ = fit_context(model, len(boxes), rows, bad)
+    own = data.need_rows(args.test, rows, bad)[0][ranks.rank::ranks.world]
+    p_yes, truth = answers(model, boxes, own, lambda reason: bad.append((reason, "left out")))
+    p_yes, truth = ranks.gather(p_yes), ranks.gather(truth)
+    if ranks.is_master:
+        data.report_bad("qa_adapter.py", bad)
+        for name, level in (("at .5", 0.5), ("calibrated", card.get("threshold", 0.5))):
+            figures = gate(p_yes, truth, level) if truth else {}
+            listed = ", ".join(f"{key} {value:.3f}" for key, value in figures.items())
+            print(f"{len(truth)} questions of {args.test}, {name}: {listed}")
+    return 0
 
 
 def learn(args, ranks):
@@ -166,17 +118,16 @@ def learn(args, ranks):
     captioner = adapters.read_card(args.init)
     boxes = adapters.views_of(args.init, args.views)
     torch.manual_seed(args.seed)
-    model = QwenVL.from_pretrained(args.base or captioner["base"], arguments.DTYPES.get(args.dtype),
-                                   ranks.device)
+    model = open_base(args.base or captioner["base"], arguments.DTYPES.get(args.dtype),
+                      ranks.device)
     adapters.load(model, args.init)
 
     # ---- data
-    rows, bad = read_questions(args.data)
+    rows, bad = data.read_questions(args.data)
     rows, n_cut = fit_context(model, len(boxes), rows, bad)
     data.need_rows(args.data, rows, bad)
     rows, held_out = data.split(rows, args.holdout, args.seed)
-    prefix, eos = model.image_prompt(len(boxes), ""), model.tokenizer.eos_id
-    make = functools.partial(make_example, model.tokenizer, prefix, model.config, boxes)
+    make, eos = functools.partial(make_example, model, boxes), model.tokenizer.eos_id
 
     # ---- what trains: the new adapters alone
     where = ("vision", "language") if args.vision else ("language",)

@@ -1,4 +1,4 @@
-"""Stage 1, supervised fine-tuning: captions teach a frozen Qwen-VL the shorthand style.
+"""Stage 1, supervised fine-tuning: captions teach a frozen base the shorthand style.
 
 Adapters in both towers and a soft prompt learn to write captions as the data has them.
 
@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 
 import adapters
-from chunking import LAYOUTS, views
+from base import open_base
+from chunking import LAYOUTS, crops
 from generate import room_left
-from model import QwenVL
 from plumbing import arguments, data, train, weights
 from plumbing.errors import InputError
 from plumbing.images import open_image
@@ -50,30 +50,34 @@ def parse_args(argv):
         help="train a soft prompt, too; with --init, the folder's, which is frozen otherwise")
     add("--views", choices=tuple(LAYOUTS), help="views of an image; left out, six, or those of "
         "--init")
-    return p.parse_args(argv)
+    arguments.add_caption_prompt(p)
+    args = p.parse_args(argv)
+    if args.init and args.caption_prompt:
+        p.error("--caption-prompt: the adapters of --init remember theirs; leave it out")
+    return args
 
 
 # ---------------------------------------------------------------- data
-def encode(tokenizer, prompt, caption, seq_length):
+def encode(model, prompt, caption):
     """Prompt ids and a caption -> ids up to the end token, and whether the caption was cut to fit.
 
-    The caption's first token carries the leading space. What is too long ends after its last whole
-    statement that fits.
+    What is too long ends after its last whole statement that fits.
     """
-    room = seq_length - len(prompt) - 1
-    statements, target = caption.split(", "), tokenizer.encode(" " + caption)
+    room = model.seq_length - len(prompt) - 1
+    statements, target = caption.split(", "), model.answer(caption)
     was_cut = len(target) > room
     while len(target) > room and len(statements) > 1:
         statements.pop()
-        target = tokenizer.encode(" " + ", ".join(statements))
-    return prompt + target[:room] + [tokenizer.eos_id], was_cut
+        target = model.answer(", ".join(statements))
+    return prompt + target[:room] + [model.tokenizer.eos_id], was_cut
 
 
-def make_example(tokenizer, prompt, config, boxes, row, epoch=0):
+def make_example(model, boxes, row, epoch=0):
     """A row -> {"ids", "n_prompt", "views"}, in a worker. InputError for a bad image."""
-    ids, _ = encode(tokenizer, prompt, row["caption"], config.seq_length)
-    pixels = views(open_image(row["image"]), config.visual.image_size, boxes)
-    return {"ids": ids, "n_prompt": len(prompt), "views": pixels}
+    images = model.look(crops(open_image(row["image"]), model.image_size, boxes))
+    prompt = model.caption_prompt(images)
+    ids, _ = encode(model, prompt, row["caption"])
+    return {"ids": ids, "n_prompt": len(prompt), "views": images}
 
 
 # ---------------------------------------------------------------- what trains
@@ -99,11 +103,10 @@ def check_full_tuning(args, model):
     """InputError if full tuning cannot be done with these arguments, or in this memory."""
     if args.init:
         raise InputError("--tune full trains the base alone; leave out --init")
-    weight = model.lm_head.weight
-    if weight.dtype != torch.float32:
+    if model.dtype != torch.float32:
         raise InputError("--tune full trains the weights themselves, which needs --dtype float32")
     need = 12 * sum(p.numel() for p in model.parameters())      # gradients and Adam's two moments
-    free = weights.free_bytes(weight.device)
+    free = weights.free_bytes(model.device)
     if free is not None and need > free:
         raise InputError(f"--tune full needs {need / 1e9:.1f} GB more for gradients and moments, "
                          f"{free / 1e9:.1f} GB are free; --tune adapters needs a fraction")
@@ -137,7 +140,8 @@ def learn(args, ranks):
     boxes = adapters.views_of(args.init, args.views)
     base = args.base or (adapters.read_card(args.init)["base"] if args.init else DEFAULT_BASE)
     torch.manual_seed(args.seed)
-    model = QwenVL.from_pretrained(base, arguments.DTYPES.get(args.dtype), ranks.device)
+    model = open_base(base, arguments.DTYPES.get(args.dtype), ranks.device,
+                      caption_prompt=args.caption_prompt)
     name = choose_trained(args, model)
     model.train()
     model.checkpointing = True
@@ -148,10 +152,9 @@ def learn(args, ranks):
     # ---- examples
     room_left(model, len(boxes))                # refuses a context too short for the prompt
     prompt, eos = model.caption_prompt(len(boxes)), model.tokenizer.eos_id
-    make = functools.partial(make_example, model.tokenizer, prompt, model.config, boxes)
+    make = functools.partial(make_example, model, boxes)
     if ranks.is_master:
-        n_cut = sum(encode(model.tokenizer, prompt, row["caption"], model.config.seq_length)[1]
-                    for row in rows)
+        n_cut = sum(encode(model, prompt, row["caption"])[1] for row in rows)
         data.report_bad("sft.py", bad)
         train.announce(f"{len(rows)} captions, {len(bad)} bad ones left out, {len(held_out)} held "
                        f"out, {n_cut} cut to fit the context",
@@ -159,7 +162,8 @@ def learn(args, ranks):
 
     # ---- the loop
     fixed = {"base": model.fingerprint, "captions": len(rows), "rows": data.rows_hash(rows),
-             **train.fixed(args, "init", "tune", "reduction", "rank", "soft_prompt", views=boxes)}
+             **train.fixed(args, "init", "tune", "reduction", "rank", "soft_prompt",
+                           "caption_prompt", views=boxes)}
     run = train.Run(args, ranks, policy, optimizer, trained, rows, make, fixed)
     for step in run.steps():
         n_targets = ranks.sum(data.count_targets(step.examples))
@@ -178,7 +182,7 @@ def learn(args, ranks):
     n_replaced = run.count_replaced()
     if ranks.is_master:
         if args.tune == "full":
-            weights.write_base(model, args.out, weights.resolve(base) / "qwen.tiktoken")
+            model.save(args.out)
         else:
             adapters.save(model, args.out, name, stage="sft", views=boxes,
                           arguments=arguments.as_json(args), **adapters.lineage(args.init))

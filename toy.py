@@ -64,6 +64,8 @@ def add_commands(commands, defaults):
     claims.add_flags(p)
     p = commands.add_parser("pretrain", help="train the toy base", formatter_class=defaults)
     p.add_argument("--out", type=Path, default=Path("out/toy-base"), help="folder of the base")
+    p.add_argument("--like", choices=("qwen_vl", "qwen3_vl"), default="qwen_vl",
+                   help="architecture: that of model.py, or transformers' Qwen3-VL")
     p.add_argument("--steps", type=int, default=6000, help="optimizer steps")
     p.add_argument("--batch", type=int, default=32, help="images per step")
     p.add_argument("--questions", type=int, default=8, help="yes/no questions per image")
@@ -256,7 +258,7 @@ def caption_lines(label, stated, row):
 # ---------------------------------------------------------------- main
 def pretrain(args):
     """Train the toy base, or resume its training."""
-    check_same(args.out, args, "steps", "batch", "questions", "lr", "adam_lr", "seed")
+    check_same(args.out, args, "like", "steps", "batch", "questions", "lr", "adam_lr", "seed")
     base.pretrain(args)
 
 

@@ -51,6 +51,11 @@ def holdout(text):
     return checked(float, text, lambda number: 0 <= number < 1, "must be at least 0 and below 1")
 
 
+def folder_or_none(text):
+    """A path, or None for the word none."""
+    return None if text == "none" else Path(text)
+
+
 # ---------------------------------------------------------------- parsers
 def parser(doc):
     """A parser that describes a script by the first line of its docstring and shows defaults."""
@@ -64,6 +69,12 @@ def add_device(p):
                    help="cpu, cuda or cuda:N")
     p.add_argument("--dtype", choices=tuple(DTYPES), help="of the base's weights; left out, "
                    "bfloat16 on a GPU and float32 on the CPU")
+
+
+def add_caption_prompt(p):
+    """What the base is asked for a caption."""
+    p.add_argument("--caption-prompt", metavar="TEXT", help="what the base is asked for a caption; "
+                   "left out, its own prompt")
 
 
 def stage_parser(doc, out, rows_at, rows, lr, batch, epochs):

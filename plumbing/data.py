@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 from pathlib import Path
@@ -97,6 +98,40 @@ def read_golden(path):
             rows.append({"id": where.rsplit(":", 1)[1], "where": where, "chosen": chosen,
                          "image": Path(path).parent / image, "rejected": samples})
     return need_rows(path, rows, bad)
+
+
+def read_questions(path):
+    """Rows [{"where", "image", "question", "answer", "yes"}], and the bad ones [(where, reason)].
+
+    Answers become `Yes …` or `No …`, so that the first token answers the question.
+    """
+    rows, bad = [], []
+    for where, row in read_jsonl(path):
+        row = row or {}
+        image, question, answer = (row.get(key) for key in ("image", "question", "answer"))
+        if not all(isinstance(text, str) and text.strip() for text in (image, question, answer)):
+            bad.append((where, "not a JSON object with image, question and answer"))
+            continue
+        image, answer = Path(path).parent / image, " ".join(answer.split())
+        verdict = re.match(r"(yes|no)\b", answer, re.IGNORECASE)
+        if verdict is None:
+            bad.append((where, f"the answer {answer[:30]!r} starts with neither yes nor no"))
+        elif not is_there(image):
+            bad.append((where, f"{image} is not there"))
+        else:
+            answer = f"{verdict[1].capitalize()}{answer[verdict.end():]}"
+            rows.append({"where": where, "image": image, "question": " ".join(question.split()),
+                         "answer": answer, "yes": verdict[1].lower() == "yes"})
+    return need_rows(path, rows, bad)
+
+
+def read_settings(folder):
+    """The settings.json that golden.py left in a folder, {} where there is none."""
+    try:
+        settings = json.loads((Path(folder) / "settings.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def is_there(image):
@@ -304,8 +339,15 @@ def collate(examples, pad_id, device):
         positions[b, :n_ids - n_prompt] = torch.arange(n_prompt - 1, n_ids - 1)
         targets[b, :n_ids - n_prompt] = torch.tensor(row["ids"][n_prompt:])
     batch = {"ids": ids, "mask": mask, "positions": positions, "logp_of": targets,
-             "images": torch.cat([row["views"] for row in examples])}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+             "images": together([row["views"] for row in examples])}
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()}
+
+
+def together(views):
+    """What a base's `look` gave for several images -> the images of a batch: one tensor of all
+    their views where they are tensors, else the list."""
+    return torch.cat(list(views)) if isinstance(views[0], torch.Tensor) else list(views)
 
 
 def count_targets(examples):

@@ -35,6 +35,28 @@ def sincos_table(side, width):
     return torch.from_numpy(np.concatenate([column, row], axis=1))
 
 
+# ---------------------------------------------------------------- tokens of packed rows
+def layout(ids, mask, branch):
+    """The logical position of each token, place (B or 1, L), and what it may attend to.
+
+    A token sees what is before it of the prefix and of its own branch. Its position counts these,
+    padding included, and not the other branches. allowed (B, 1, L, L) bool, None for plain causal.
+    """
+    L, device = ids.shape[1], ids.device
+    if mask is None and branch is None:
+        return torch.arange(L, device=device)[None], None
+    allowed = torch.ones(L, L, dtype=torch.bool, device=device).tril()[None]
+    if branch is not None:
+        of_prefix = branch[:, None, :] == 0
+        of_own_branch = branch[:, None, :] == branch[:, :, None]
+        allowed = allowed & (of_prefix | of_own_branch)                       # (B, L, L)
+    place = allowed.sum(-1) - 1                                               # (B or 1, L)
+    if mask is not None:
+        allowed = allowed & mask[:, None, :]
+    itself = torch.eye(L, dtype=torch.bool, device=device)        # no empty row, hence no NaN
+    return place, (allowed | itself)[:, None]
+
+
 # ---------------------------------------------------------------- tokens beyond the context
 def ntk_alpha(length, seq_length):
     """Dynamic NTK: how much the rotary base grows for `length` tokens, 1 within seq_length.

@@ -105,6 +105,7 @@ class Tokenizer:
         special = {name: len(ranks) + i for i, name in enumerate(SPECIAL)}
         self.n_vocab = len(ranks) + len(SPECIAL)
         self.eos_id, self.soft_prompt_id = special["<|endoftext|>"], special["<|extra_0|>"]
+        self.ends = {self.eos_id}               # tokens that end an answer
         self.image_start_id, self.image_end_id = special["<img>"], special["</img>"]
         self.image_pad_id = special["<imgpad>"]
         self._special = special
@@ -136,3 +137,64 @@ class Tokenizer:
         """Ids (any iterable of ints) -> text; broken UTF-8 becomes U+FFFD, unknown ids nothing."""
         text = b"".join(self._bytes.get(int(i), b"") for i in ids)
         return text.decode("utf-8", errors="replace")
+
+    def plain_text(self, ids):
+        """The text of ids without special tokens: as text they would mislead a reader."""
+        return self.decode(i for i in ids if i < self.eos_id)
+
+    def special_in(self, text):
+        """The special tokens that are spelled out in a text."""
+        return SPLIT.findall(text)
+
+
+class ChatTokenizer:
+    """The same for a tokenizer of transformers.
+
+    eos_id is the token that ends an answer in training; in generation any of `ends` does. Tokens in
+    `reserved`, special ones and placeholders of images, come from no text and are never sampled.
+    """
+
+    def __init__(self, fast, config, generation_config):
+        self.fast = fast
+        added = fast.added_tokens_decoder
+        numbers = {**config.get_text_config().to_dict(), **config.to_dict()}
+        self.placeholders = {i for key, i in numbers.items() if isinstance(i, int)
+                             and re.search("(image|video|vision|audio).*_(id|index)$", key)}
+        special = {i for i, token in added.items() if token.special} | set(fast.all_special_ids)
+        self.reserved = special | self.placeholders
+        ends = generation_config.eos_token_id if generation_config else None
+        ends = [ends] if isinstance(ends, int) else list(ends or [])
+        ends += [fast.eos_token_id, numbers.get("eos_token_id")]
+        self.ends = {i for i in ends if isinstance(i, int)}
+        self.eos_id = next((i for i in ends if isinstance(i, int)), None)
+        self._names = {i: str(token) for i, token in added.items() if i in self.reserved}
+        self.filler_id = self.encode("a")[0]
+
+    def end_with(self, token):
+        """Take the token that a chat template puts behind an answer, if it has one."""
+        if token is not None:
+            self.eos_id = token
+            self.ends.add(token)
+
+    def encode(self, text, special=False):
+        """Text -> list of ids. A special token spelled out in it is plain text, unless special."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids = self.fast(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
+        if special or not self.reserved.intersection(ids):
+            return ids
+        # a placeholder that its tokenizer does not count as special: written in two halves
+        name = next(name for name in self._names.values() if name in text)
+        at = text.index(name) + 1
+        return self.encode(text[:at]) + self.encode(text[at:])
+
+    def decode(self, ids):
+        """Ids (any iterable of ints) -> text."""
+        return self.fast.decode([int(i) for i in ids], clean_up_tokenization_spaces=False)
+
+    def plain_text(self, ids):
+        """The text of ids without special tokens: as text they would mislead a reader."""
+        return self.decode(i for i in ids if i not in self.reserved and i not in self.ends)
+
+    def special_in(self, text):
+        """The special tokens that are spelled out in a text."""
+        return [name for name in self._names.values() if name in text]

@@ -251,26 +251,20 @@ def check_fits(model, name, dtype, device):
         f"{free / 1e9:.1f} GB are free; try {' or '.join(ways)}")
 
 
-def training_bytes(model, trained, world, rows, logits_rows):
-    """Bytes that a card needs to train on `rows` sequences of the full context with six views each.
+def training_bytes(model, trained, world, towers, logits):
+    """Bytes that a card needs to train {name: parameter}, in fp32: a gradient each, and Adam's two
+    moments sharded over `world` ranks.
 
-    trained {name: parameter}, in fp32: a gradient each, and Adam's two moments sharded over `world`
-    ranks. Added are the weights, one kept activation per block (the others are recomputed), the
-    widest block while it is recomputed, and `logits_rows` rows of logits with their gradients.
+    Added are the weights, `logits` in fp32 with softmax and gradients, and of each tower (tokens,
+    width × layers, widest block) what checkpointing keeps: one activation per block, and the widest
+    block, in numbers per token, while it is recomputed.
     """
-    config, vision = model.config, model.config.visual
-    size = model.lm_head.weight.element_size()
+    size = model.dtype.itemsize
     stored = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     learning = sum(p.numel() for p in trained.values()) * (4 + 8 / world)
-    patches = rows * 6 * (vision.image_size // vision.patch_size) ** 2
-    tokens = rows * config.seq_length
-    kept_patches = patches * vision.width * vision.layers
-    kept_tokens = tokens * config.hidden_size * config.num_hidden_layers
-    vision_block = patches * vision.width * (4 + 2 * vision.mlp_ratio) * 2
-    language_block = tokens * (8 * config.hidden_size + 3 * config.intermediate_size)
-    activations = kept_patches + kept_tokens + max(vision_block, language_block)
-    logits = 3 * logits_rows * config.vocab_size * 4
-    return int(stored + learning + activations * size + logits)
+    kept = sum(tokens * width for tokens, width, _ in towers)
+    recomputed = max(tokens * widest for tokens, _, widest in towers)
+    return int(stored + learning + (kept + recomputed) * size + 3 * logits * 4)
 
 
 # ---------------------------------------------------------------- reading

@@ -1,6 +1,7 @@
-"""The toy base: a small Qwen-VL pre-trained on the toy world, and what it sees and invents.
+"""The toy bases: a small Qwen-VL and a small Qwen3-VL pre-trained on the toy world, and what they
+see and invent.
 
-It learns the way the source says that its base did: mostly from whole images at low resolution,
+They learn the way the source says that its base did: mostly from whole images at low resolution,
 under captions with details that nobody can see there. Close-ups and six-view images show the
 details, in part without the correlation. Used by `python toy.py pretrain` and
 `python toy.py report`.
@@ -14,11 +15,13 @@ import sys
 import torch
 from tqdm import tqdm
 
-from chunking import normalise, views
+from base import open_base
+from chunking import crops, square
 from generate import greedy, yes_probability
-from model import CAPTION_PROMPT, PADDING, Config, QwenVL, VisionConfig
+from model import CAPTION_PROMPT, Config, QwenVL, VisionConfig
+from plumbing.data import together
+from plumbing.parts import PADDING
 from plumbing.tokenizer import Tokenizer
-from plumbing.weights import write_base
 from toy_world import world
 
 VIEW = world.SIDE // 2          # pixels of a view's side; close-ups keep their full resolution
@@ -37,20 +40,33 @@ def toy_config(tokenizer):
         visual=vision)
 
 
-def fresh_model(tokenizer, seed):
-    """A toy base before training: small embeddings, everything else as PyTorch initialises it."""
+def fresh_model(like, folder, seed):
+    """A toy base before training: small embeddings, everything else as PyTorch initialises it.
+
+    like: "qwen_vl", our own, or "qwen3_vl", of transformers, which writes its folder beforehand.
+    """
+    if like == "qwen3_vl":
+        from toy_world import qwen3_vl  # here, since transformers is slow to import
+
+        qwen3_vl.write(folder, seed)
+        return open_base(folder).train()
+    world.write_vocabulary(folder / "qwen.tiktoken")
+    tokenizer = Tokenizer(folder)
     torch.manual_seed(seed)
-    model = QwenVL(toy_config(tokenizer), tokenizer)
+    model = QwenVL(toy_config(tokenizer), tokenizer, base=str(folder))
     for weight in (model.transformer.wte.weight, model.lm_head.weight):
         torch.nn.init.normal_(weight, std=0.02)
     return model
+
+
+TABLES = ("wte", "lm_head", "positional_embedding", "query", "embed_tokens", "pos_embed")
 
 
 def optimizers(model, args):
     """Muon for the matrices between embedding and head, AdamW for everything else."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
-        is_table = any(part in name for part in ("wte", "lm_head", "positional_embedding", "query"))
+        is_table = any(part in name for part in TABLES)
         (others if is_table or parameter.ndim != 2 else matrices).append(parameter)
     return [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.0),
             torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)]
@@ -65,7 +81,7 @@ TASK_NAMES = list(TASKS)
 
 # ---------------------------------------------------------------- one image, many continuations
 def scene_views(kind, seed):
-    """One training image: its scene and its views (V, 3, VIEW, VIEW).
+    """One training image: its scene and its views, as PIL images.
 
     kind "low": a whole image at low resolution, marks planted. "close": a close-up, marks at even
     odds. "six": all six views, marks planted in 60 % of the images. Marks come at even odds from
@@ -77,35 +93,37 @@ def scene_views(kind, seed):
     image = world.draw(scene)
     if kind == "close":
         thing = rng.choice([thing for thing in scene.things if thing.place != "center"])
-        pixels = normalise(world.close_up(image, thing))
-        return world.as_close_up(scene, thing), pixels[None]
-    pixels = views(image, VIEW)
-    return scene, pixels if kind == "six" else pixels[:1]
+        return world.as_close_up(scene, thing), [world.close_up(image, thing)]
+    return scene, crops(image, VIEW) if kind == "six" else [square(image, VIEW)]
 
 
-def continuations(scene, n_questions, rng):
-    """What may follow an image: [(task, prompt, target)], two captions and questions."""
+def dense_prompt(model):
+    """What a toy base is asked for a full caption: Qwen-VL's other prompt, or the base's own."""
+    return world.DENSE_PROMPT if model.caption_text == CAPTION_PROMPT else model.caption_text
+
+
+def continuations(model, scene, n_questions, rng):
+    """What may follow an image: [(task, prompt, target)] in ids, two captions and questions."""
     texts = [fact["text"] for fact in world.facts(scene)]
     few = rng.sample(texts, min(len(texts), rng.choice((1, 2, 3))))
-    rows = [("dense", world.DENSE_PROMPT, " " + ", ".join(texts)),
-            ("short", CAPTION_PROMPT, " " + ", ".join(few))]
+    rows = [("dense", model.request(dense_prompt(model)), model.answer(", ".join(texts))),
+            ("short", model.request(CAPTION_PROMPT), model.answer(", ".join(few)))]
     if n_questions:
-        rows += [("answer", f"{world.ask(text)} Answer:", f" {answer}")
+        rows += [("answer", model.question(world.ask(text)), model.answer(answer))
                  for text, answer, _ in world.questions(scene, n_questions, rng)]
     return rows
 
 
-def pack(model, n_views, rows):
-    """One image's continuations behind its prefix.
+def pack(model, images, rows):
+    """One image's continuations behind its prefix; images: what the model's `look` gave.
 
     Returns four lists with an entry per token: ids; branch; target, the token to predict after it
     or PADDING; and the number of the target's task.
     """
-    encode, eos = model.tokenizer.encode, model.tokenizer.eos_id
-    ids = model.image_prompt(n_views, "")
+    eos = model.tokenizer.eos_id
+    ids = model.head(images)
     branch, target, task = [0] * len(ids), [PADDING] * len(ids), [0] * len(ids)
     for k, (name, prompt, answer) in enumerate(rows, 1):
-        prompt, answer = encode(prompt), encode(answer)
         ids += prompt + answer
         branch += [k] * len(prompt + answer)
         target += [PADDING] * (len(prompt) - 1) + answer + [eos]
@@ -121,20 +139,21 @@ def make_batch(model, kind, seed, step, size, n_questions):
 
     K is the largest number of targets in a row; row b has its targets first and then padding.
     """
-    packed, pixels = [], []
+    packed, looks = [], []
     for i in range(size):
         name = f"{seed} {step} {i}"
-        scene, image = scene_views(kind, name)
-        rows = continuations(scene, n_questions, random.Random("rows " + name))
-        packed.append(pack(model, len(image), rows))
-        pixels.append(image)
+        scene, pictures = scene_views(kind, name)
+        images = model.look(pictures)
+        rows = continuations(model, scene, n_questions, random.Random("rows " + name))
+        packed.append(pack(model, images, rows))
+        looks.append(images)
     lengths = torch.tensor([len(ids) for ids, *_ in packed])
     fills = (model.tokenizer.eos_id, 0, PADDING, 0)
     ids, branch, target, task = (padded(lists, fill) for lists, fill in zip(zip(*packed), fills))
     is_target = target != PADDING                                             # (B, L)
     K = is_target.sum(dim=1).max()
     positions = is_target.int().argsort(dim=1, descending=True, stable=True)[:, :K]
-    batch = {"ids": ids, "images": torch.cat(pixels), "branch": branch,
+    batch = {"ids": ids, "images": together(looks), "branch": branch,
              "mask": torch.arange(ids.shape[1]) < lengths[:, None],
              "positions": positions, "logp_of": target.gather(1, positions)}    # (B, K)
     return batch, task.gather(1, positions)
@@ -169,8 +188,7 @@ def kind_of_step(step, steps, seed):
 def pretrain(args):
     """Train a base, or resume from its last checkpoint, and write it in the released layout."""
     args.out.mkdir(parents=True, exist_ok=True)
-    world.write_vocabulary(args.out / "qwen.tiktoken")
-    model = fresh_model(Tokenizer(args.out), args.seed)
+    model = fresh_model(args.like, args.out, args.seed)
     opts = optimizers(model, args)
     state, log = args.out / "resume.pt", args.out / "log.jsonl"
     first = load_state(state, model, opts)
@@ -185,7 +203,7 @@ def pretrain(args):
             file.write(json.dumps(figures) + "\n")
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             save_state(state, model, opts, step + 1)
-    write_base(model, args.out, args.out / "qwen.tiktoken")
+    model.save(args.out)
     print(f"wrote {args.out}", file=sys.stderr)
 
 
@@ -231,12 +249,11 @@ def load_state(path, model, opts):
 
 # ---------------------------------------------------------------- what a base sees and invents
 def dense_captions(model, images):
-    """Greedy captions under the grounding prompt: images (N, V, 3, S, S) -> N lists of
-    statements."""
-    N, V = images.shape[:2]
-    ids = torch.tensor([model.image_prompt(V, world.DENSE_PROMPT)] * N)
+    """Greedy full captions of images, each what the model's `look` gave -> lists of statements."""
+    prompt = model.request(dense_prompt(model))
+    ids = torch.tensor([model.head(image) + prompt for image in images])
     eos = model.tokenizer.eos_id
-    new_ids = greedy(model, ids, images.flatten(0, 1), max_new_tokens=100, eos_id=eos).tolist()
+    new_ids = greedy(model, ids, together(images), max_new_tokens=100, eos_id=eos).tolist()
     texts = [model.tokenizer.decode(token for token in row if token != eos) for row in new_ids]
     return [world.statements(text) for text in texts]
 
@@ -291,15 +308,15 @@ def inventions(truth, stated):
 def close_up_report(model, scenes):
     """How often the caption of a close-up states the right mark, and no mark on an unmarked
     object."""
-    pixels, marks = [], []
+    looks, marks = [], []
     for scene in scenes:
         image = world.draw(scene)
         for thing in scene.things:
             if thing.place != "center":
-                pixels.append(normalise(world.close_up(image, thing))[None])
+                looks.append(model.look([world.close_up(image, thing)]))
                 marks.append(thing.mark)
     correct = []
-    for caption, mark in zip(all_dense_captions(model, torch.stack(pixels)), marks):
+    for caption, mark in zip(all_dense_captions(model, looks), marks):
         stated = [kind for kind in world.MARKS if f"close-up {kind}" in caption]
         correct.append(stated == ([mark] if mark else []))
     return shares({"mark told": correct})
@@ -319,20 +336,20 @@ def question_report(model, scenes, images, seed):
     return shares(dict(sorted(correct.items())))
 
 
-def scene_pixels(model, scenes, label=None):
-    """The six views of scenes, (N, 6, 3, S, S)."""
-    side = model.config.visual.image_size
+def looks_at(model, scenes, label=None):
+    """What the model's `look` gives for the six views of each of the scenes."""
     scenes = tqdm(scenes, desc=label, disable=None if label else True)
-    return torch.stack([views(world.draw(scene), side) for scene in scenes])
+    return [model.look(crops(world.draw(scene), VIEW)) for scene in scenes]
 
 
 def measure(model, n, seed):
     """What a base sees and invents on n unseen scenes -> {views: {figure: {case: [share, n]}}}."""
     scenes = [world.make_scene(f"report {seed} {i}") for i in range(n)]
-    pixels = scene_pixels(model, scenes, label="drawing")
     truths = [world.truth(scene, "") for scene in scenes]
     figures = {}
-    for name, images in (("one low-resolution view", pixels[:, :1]), ("six views", pixels)):
+    low = [model.look([square(world.draw(scene), VIEW)]) for scene in scenes]
+    six = looks_at(model, scenes, label="drawing")
+    for name, images in (("one low-resolution view", low), ("six views", six)):
         captions = all_dense_captions(model, images, label=f"captions, {name}")
         figures[name] = caption_report(captions, truths)
         figures[name]["yes/no"] = question_report(model, scenes, images, seed)
@@ -343,7 +360,7 @@ def measure(model, n, seed):
 
 def report(args):
     """Print the figures of `measure`, a JSON object a line."""
-    figures = measure(QwenVL.from_pretrained(args.base), args.scenes, args.seed)
+    figures = measure(open_base(args.base), args.scenes, args.seed)
     print(json.dumps({"base": str(args.base), "scenes": args.scenes, "seed": args.seed}))
     for name, figures_of_views in figures.items():
         for figure, cases in figures_of_views.items():
@@ -357,11 +374,11 @@ def own_tasks(model, seed, n=200):
     no, and the share of close-ups with the right mark.
     """
     scenes = [world.make_scene(f"own tasks {seed} {i}") for i in range(n)]
-    pixels = scene_pixels(model, scenes)
-    captions = all_dense_captions(model, pixels)
+    images = looks_at(model, scenes)
+    captions = all_dense_captions(model, images)
     figures = caption_report(captions, [world.truth(scene, "") for scene in scenes])
     (precision, _), (recall, _) = figures["precision"]["all"], figures["recall"]["all"]
     even = [world.make_scene(f"own tasks even {seed} {i}", planted=False) for i in range(n // 2)]
     return {"dense f1": 2 * precision * recall / max(precision + recall, 1e-9),
-            "questions": question_report(model, scenes, pixels, seed)["all"][0],
+            "questions": question_report(model, scenes, images, seed)["all"][0],
             "close-up marks": close_up_report(model, even)["mark told"][0]}

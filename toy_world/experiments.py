@@ -7,9 +7,9 @@ import statistics
 import torch
 
 import adapters
-from chunking import views
+from base import open_base
+from chunking import crops
 from generate import sample
-from model import QwenVL
 from plumbing import files
 from plumbing.images import open_image
 from plumbing.scoring import score
@@ -108,9 +108,7 @@ def direct(lab):
     sft, _, scores = lab.pool()
     model = lab.load(sft, lab.qa_of(sft))
     scenes = [world.make_scene(f"direct {lab.seed} {i}") for i in range(ASKED)]
-    side = model.config.visual.image_size
-    pixels = [views(world.draw(scene), side) for scene in scenes]
-    answers = base.question_report(model, scenes, pixels, lab.seed)
+    answers = base.question_report(model, scenes, base.looks_at(model, scenes), lab.seed)
     stated = {kind: (figures["precision"], figures["n"])
               for kind, figures in scores["sample"]["categories"].items()}
     return {kind: {"question": pooled_share([answers[part] for part in of_questions]),
@@ -372,7 +370,7 @@ def forgetting(lab):
     for tune in ("adapters", "lora", "prompt", "full"):
         lr = best_sft_lr(lab.out.parent, tune)
         folder = lab.tuned(f"sft-{tune}", tune, lr)
-        model = QwenVL.from_pretrained(folder) if tune == "full" else lab.load(folder)
+        model = open_base(folder) if tune == "full" else lab.load(folder)
         figures[tune] = {**base.own_tasks(model, lab.seed), "lr": float(lr),
                          "caption f1": lab.judged(folder.name)["greedy f1"]}
         if tune == "adapters":
@@ -399,7 +397,7 @@ def narrowing(lab):
     for arm, flags in (("LLM only", ()), ("LLM and ViT", ("--vision",))):
         model = lab.load(sft, lab.qa_of(sft, *flags))
         with adapters.active(model, ["caption"]):
-            for slot, _ in adapters.slots(model, ("vision",)):
+            for slot, *_ in model.places("vision"):
                 slot.stack = tuple(name for name in ("qa", "caption") if name in slot)
             rows, vectors = captions_and_embeddings(model, images, [row["image"] for row in truth])
         scores = score(rows, truth)
@@ -410,12 +408,12 @@ def narrowing(lab):
 
 @torch.no_grad()
 def captions_and_embeddings(model, folder, names):
-    """Greedy captions of images, as rows, and the ViT's embeddings of them (N, D)."""
+    """Greedy captions of images, as rows, and the ViT's embeddings of them (N, D), of a QwenVL."""
     rows, vectors = [], []
     for name in names:
-        pixels = views(open_image(folder / name), model.config.visual.image_size)
+        pixels = model.look(crops(open_image(folder / name), model.image_size))
         vectors.append(model.transformer.visual(pixels).flatten())
-        ((caption,),) = sample(model, pixels[None], [name], temperature=0.0)
+        ((caption,),) = sample(model, [pixels], [name], temperature=0.0)
         rows.append({**caption, "image": name})
     return rows, torch.stack(vectors)
 

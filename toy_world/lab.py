@@ -3,7 +3,7 @@ learning rate and β."""
 import functools
 
 import adapters
-from model import QwenVL
+from base import open_base
 from toy_world.steps import CODE, Loop, make_split
 
 TUNE = 100                              # the seed on which learning rates and β are chosen
@@ -98,7 +98,7 @@ class Lab(Loop):
 
     def load(self, *folders):
         """The base with the adapters of these folders."""
-        model = QwenVL.from_pretrained(self.base)
+        model = open_base(self.base)
         for folder in folders:
             adapters.load(model, folder)
         return model

@@ -1,0 +1,456 @@
+"""Any vision-language model of transformers as the base, behind the interface of base.py.
+
+transformers loads the model, prepares its images and runs its blocks. The rest is here: adapters by
+hooks behind attention and MLP of every block, the soft prompt, and many continuations of one image
+in one sequence. No family is known by name: what a model has is found by its structure, and what
+it can do by a try when it is loaded.
+
+    model = open_base("Qwen/Qwen3-VL-4B-Instruct")      # or a folder: assets/toy-qwen3-vl
+    images = model.look([picture])                      # the views of one image, as PIL images
+    ids = torch.tensor([model.caption_prompt(images)])  # (1, L)
+    logits = model(ids, [images])                       # (1, L, vocab)
+
+A prompt is what the model's own processor makes of its own chat template: a head with the images,
+the user's text, and a tail, behind which the answer begins. Text is encoded apart from both, so
+that none of it becomes a special token.
+"""
+import functools
+import os
+
+import torch
+from PIL import Image
+from torch import nn
+from transformers import DynamicCache
+
+from plumbing import branches, hub, weights
+from plumbing.errors import InputError
+from plumbing.parts import LOGITS_AT_ONCE, Slot, log_probabilities
+from plumbing.prompts import Prompts, view_side
+from plumbing.tokenizer import ChatTokenizer
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # images are decoded by forked workers
+
+CAPTION_PROMPT = ("Describe the image in short factual statements, separated by commas: every "
+                  "object with color, number, place and details, and all text. No filler.")
+QUESTION = "{} Answer Yes or No."
+LONG_CAPTION = 512      # tokens behind a prompt, for estimates of memory
+SOFT = -1               # the id of a soft prompt's slots: no token of the vocabulary is reserved
+# The names of the two children by which a block is known.
+ATTENTION = {"self_attn", "attn", "attention", "self_attention", "linear_attn", "conv", "mixer"}
+MLP = {"mlp", "feed_forward", "ffn", "block_sparse_moe", "moe"}
+QKV = ("q_proj", "k_proj", "v_proj", "qkv", "qkv_proj", "query", "key", "value", "in_proj")
+
+
+# ---------------------------------------------------------------- where adapters go
+def blocks(tower):
+    """The blocks of a tower, in order: [(attention, MLP, width)].
+
+    A block is an element of a ModuleList with exactly one attention and one MLP, or what takes
+    their place. Its width is that of its first norm.
+    """
+    found = []
+    lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList)]
+    for block in (block for elements in lists for block in elements):
+        children = dict(block.named_children())
+        pair = [[children[name] for name in children if name in names]
+                for names in (ATTENTION, MLP)]
+        norms = [child for name, child in children.items() if name not in ATTENTION | MLP]
+        widths = [p.shape[0] for norm in norms for p in norm.parameters(recurse=False)
+                  if p.ndim == 1]
+        if [len(part) for part in pair] == [1, 1] and widths:
+            found.append((pair[0][0], pair[1][0], widths[0]))
+    return found
+
+
+def projections(attention):
+    """The linear layers of an attention that make queries, keys and values, by name."""
+    layers = {name.rsplit(".", 1)[-1]: layer for name, layer in attention.named_modules()
+              if isinstance(layer, nn.Linear)}
+    return {name: layer for name, layer in layers.items() if name in QKV}
+
+
+def adapt(slot, module, args, output):
+    """A forward hook: what a sublayer adds to its block, changed by a slot's active adapters."""
+    y = output[0] if isinstance(output, tuple) else output
+    for adapter in slot.active():
+        y = adapter(y)
+    return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+def add_lora(slot, module, args, output):
+    """A forward hook: the output of a projection plus a slot's active low-rank updates."""
+    for lora in slot.active():
+        output = output + lora(args[0])
+    return output
+
+
+def slots_of(tower):
+    """Empty slots behind attention and MLP of each block, and at its projections: a ModuleList."""
+    slots = nn.ModuleList()
+    for attention, mlp, _ in blocks(tower):
+        block = nn.ModuleDict({"attn_slot": Slot(), "mlp_slot": Slot()})
+        attention.register_forward_hook(functools.partial(adapt, block["attn_slot"]))
+        mlp.register_forward_hook(functools.partial(adapt, block["mlp_slot"]))
+        for name, layer in projections(attention).items():
+            slot = block[f"{name}_lora_slot"] = Slot()
+            layer.register_forward_hook(functools.partial(add_lora, slot))
+        slots.append(block)
+    return slots
+
+
+# ---------------------------------------------------------------- many continuations
+class Cache:
+    """Keys and values of prefixes, and of `samples` continuations of each that share them.
+
+    transformers' cache holds one row per prefix: the tokens that are appended in a step, one for
+    each sample, are neighbours in it and branches to each other. A model that cannot hold branches
+    apart has a row per sample instead.
+    """
+
+    def __init__(self, model, samples, room):
+        self.samples, self.room, self.used, self.filled = samples, room, 0, False
+        # without a configuration nothing is dropped behind a sliding window; the mask sees to that
+        self.past = DynamicCache() if model.packs else DynamicCache(config=model.config)
+
+    def start(self, layout, where):
+        self.layout, self.where, self.filled = layout, where, True
+        self.length = layout.place.shape[1]
+
+    def next(self, n_rows, device):
+        """The layout of the next token of every sample, (I, samples)."""
+        place = torch.full((n_rows, self.samples), self.length + self.used, device=device)
+        return branches.Layout(place, torch.arange(1, self.samples + 1, device=device).expand_as(place))
+
+
+def take(where, place):
+    """The positions (..., B, L) of logical places (B, L), from those of all places (..., B, n)."""
+    shape = (*where.shape[:-2], *place.shape)
+    return where.expand(*shape[:-1], where.shape[-1]).gather(-1, place.expand(shape))
+
+
+# ---------------------------------------------------------------- the model
+class HFModel(nn.Module):
+    """A model of transformers (`hf`) with its processor, as base.py wants it."""
+
+    def __init__(self, hf, processor, base):
+        super().__init__()
+        self.hf, self.base, self.config = hf, base, hf.config
+        self.text_config = hf.config.get_text_config()
+        self.seq_length = self.text_config.max_position_embeddings
+        self.image_size = view_side(processor.image_processor, hf.config)
+        self.tokenizer = ChatTokenizer(processor.tokenizer, hf.config, hf.generation_config)
+        self.prompts = Prompts(processor, self.tokenizer, self.image_size)
+        self.tokenizer.end_with(self.prompts.end_of_answer())
+        self.caption_text = CAPTION_PROMPT
+        self.fingerprint, self.attached, self.loaded = None, {}, {}
+        self.soft_prompts = Slot()
+        self.towers = {"vision": hf.get_encoder(modality="image"), "language": hf.get_decoder()}
+        self.slots = nn.ModuleDict({name: slots_of(tower) for name, tower in self.towers.items()})
+        self.packs = True           # whether branches can be held apart
+        self.soft_slots = None      # where the soft prompt stands in the rows that run
+        hf.get_input_embeddings().register_forward_hook(self.put_soft_prompt)
+        branches.watch(self.towers["language"])
+        vocab = hf.get_output_embeddings().weight.shape[0]
+        never = self.tokenizer.reserved - self.tokenizer.ends
+        self.never = sorted(i for i in {*never, *range(len(self.tokenizer.fast), vocab)} if i < vocab)
+
+    @classmethod
+    def from_pretrained(cls, name, dtype=None, device="cpu", weights_too=True):
+        """A folder or Hub name -> the model in eval mode; without weights for its prompts alone.
+
+        InputError where it is none that runs here, or does not fit the memory.
+        """
+        device = weights.usable_device(device)
+        dtype = dtype or weights.usual_dtype(device)
+        name = os.path.expanduser(str(name))
+        config, processor = hub.read_config(name), hub.read_processor(name)
+        empty = hub.on_meta(config)
+        check_towers(name, empty)
+        if not weights_too:
+            return cls(empty, processor, name)
+        weights.check_fits(empty, name, dtype, device)
+        hf = hub.filled(name, config, dtype, device)
+        model = cls(hf, processor, name)
+        model.fingerprint = hub.fingerprint(hf)
+        try_out(model, name)
+        return model.eval()
+
+    def save(self, folder):
+        """Write the model with its processor as transformers does, in bfloat16."""
+        state = {name: t.detach().to("cpu", torch.bfloat16)
+                 for name, t in self.hf.state_dict().items()}
+        self.hf.save_pretrained(folder, state_dict=state)
+        self.prompts.processor.save_pretrained(folder)
+
+    # ---- prompts and images
+    def look(self, pictures):
+        """The views of one image, PIL -> what forward takes as the images of one row."""
+        return self.prompts.look(pictures)
+
+    def head(self, images):
+        """Ids (list) before the user's text. images: from `look`, or how many views."""
+        images = self.prompts.blank(images) if isinstance(images, int) else images
+        return images["head"].tolist()
+
+    def request(self, text):
+        """Ids (list) of a user's text and of what stands between it and the answer."""
+        return self.tokenizer.encode(text) + self.prompts.blank(1)["tail"].tolist()
+
+    def question(self, text):
+        """Ids (list) that follow the head, for a yes/no question."""
+        return self.request(QUESTION.format(text))
+
+    def caption_prompt(self, images):
+        """Ids (list) of the prompt for a caption, with the soft prompt's slots in its text's place.
+
+        images: from `look`, or how many views.
+        """
+        for soft_prompt in self.soft_prompts.active():
+            return self.head(images) + [SOFT] * len(soft_prompt.vectors) + self.request("")
+        return self.head(images) + self.request(self.caption_text)
+
+    def answer(self, text):
+        """Ids (list) of a text that the model writes, without an end token."""
+        return self.tokenizer.encode(text)
+
+    def embed_text(self, text):
+        """A text's embeddings (n, D), from which a soft prompt starts."""
+        ids = torch.tensor(self.tokenizer.encode(text), device=self.device)
+        return self.hf.get_input_embeddings()(ids)
+
+    def put_soft_prompt(self, module, args, x):
+        """A forward hook of the embeddings: the soft prompt's vectors in its slots."""
+        if self.soft_slots is not None:
+            for soft_prompt in self.soft_prompts.active():
+                x = soft_prompt(x, self.soft_slots)
+        return x
+
+    # ---- what adapters and stages ask for
+    def places(self, tower, kind="adapter"):
+        """[(slot, width in, width out)] of a tower, for adapters or for LoRA ("lora")."""
+        found = []
+        for slots, (attention, _, width) in zip(self.slots[tower], blocks(self.towers[tower])):
+            if kind == "adapter":
+                found += [(slots["attn_slot"], width, width), (slots["mlp_slot"], width, width)]
+            else:
+                found += [(slots[f"{name}_lora_slot"], layer.in_features, layer.out_features)
+                          for name, layer in projections(attention).items()]
+        return found
+
+    @property
+    def device(self):
+        return self.hf.get_output_embeddings().weight.device
+
+    @property
+    def dtype(self):
+        return self.hf.get_output_embeddings().weight.dtype
+
+    @property
+    def checkpointing(self):
+        """Whether blocks are recomputed in backward, not kept."""
+        return self.hf.is_gradient_checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, wanted):
+        if wanted:
+            self.hf.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.hf.gradient_checkpointing_disable()
+
+    def cache(self, samples, room):
+        """For forward: the cache of `samples` continuations of each prefix, of up to `room`."""
+        return Cache(self, samples, room)
+
+    # ---- forward
+    def forward(self, ids, images=None, mask=None, branch=None, positions=None, logp_of=None,
+                cache=None):
+        """As model.QwenVL.forward. images: what `look` gave, for each row; mask: padding is on the
+        right."""
+        images = [images] if isinstance(images, dict) else images
+        mask, branch = (t if t is None else t.to(ids.device) for t in (mask, branch))
+        if cache is not None and cache.filled:
+            return self.never_sampled(self.logits(self.step(ids, cache)))
+        layout = branches.logical(ids, mask, branch)
+        if branch is not None and not self.packs:
+            hidden = self.hidden_of_rows(ids, images, layout.branch)
+        else:
+            hidden = self.hidden(ids, images, layout, branch is not None, cache)
+        if positions is not None:
+            row = torch.arange(len(hidden), device=hidden.device)[:, None]
+            hidden = hidden[row, positions.expand(len(hidden), -1)]           # (B, K, D)
+        if logp_of is not None:
+            return log_probabilities(self.logits, hidden, logp_of)
+        logits = self.logits(hidden)
+        return logits if cache is None else self.never_sampled(logits)
+
+    def hidden(self, ids, images, layout, has_branches=False, cache=None):
+        """The last hidden states (B, L, D) of rows (B, L)."""
+        kinds, inputs = self.inputs_of(ids, images)
+        where = self.where(ids, layout, kinds, inputs, cache.room if cache else 0)
+        output = self.run(ids, layout if has_branches else None, {**kinds, **inputs},
+                          position_ids=take(where, layout.place),
+                          past_key_values=cache.past if cache else None)
+        if cache is not None:
+            cache.start(layout, where)
+            if not self.packs:
+                rows = torch.arange(len(ids), device=ids.device).repeat_interleave(cache.samples)
+                cache.past.reorder_cache(rows)
+        return output
+
+    def run(self, ids, layout, inputs, **more):
+        """One forward of the model below its output layer."""
+        past = more["past_key_values"]
+        length = ids.shape[1] + (past.get_seq_length() if past is not None else 0)
+        if self.hf.base_model is self.hf:       # some models have none without an output layer
+            more |= {"output_hidden_states": True, "logits_to_keep": 1}
+        slots = ids == SOFT
+        self.soft_slots = slots if bool(slots.any()) else None
+        try:
+            with branches.within(layout):
+                output = self.hf.base_model(
+                    # 2-D ones: without a mask, positions would be read as packed sequences
+                    input_ids=ids.masked_fill(slots, self.tokenizer.filler_id),
+                    attention_mask=ids.new_ones(len(ids), length), use_cache=past is not None,
+                    return_dict=True, **inputs, **more)
+        finally:
+            self.soft_slots = None
+        if "logits_to_keep" in more:
+            return output.hidden_states[-1]
+        return output.last_hidden_state
+
+    def step(self, ids, cache):
+        """The hidden states (I·n, 1, D) of one new token (I·n, 1) for every sample."""
+        if not self.packs:
+            place = torch.full_like(ids, cache.length + cache.used)
+            where = cache.where.repeat_interleave(len(ids) // cache.where.shape[-2], dim=-2)
+            return self.run(ids, None, {}, position_ids=take(where, place),
+                            past_key_values=cache.past)
+        new = cache.next(len(ids) // cache.samples, ids.device)
+        cache.layout = cache.layout.extended(new)
+        hidden = self.run(ids.view_as(new.place), cache.layout, {}, past_key_values=cache.past,
+                          position_ids=take(cache.where, new.place))          # (I, n, D)
+        return hidden.flatten(0, 1)[:, None]
+
+    def inputs_of(self, ids, images):
+        """What forward takes of the images -> {name: (B, L), a number per token}, {name: tensor}."""
+        kinds, inputs = {}, {}
+        for name in (images[0] if images else {}).keys() - {"head", "tail"}:
+            parts = [look[name].to(ids.device) for look in images]
+            if name.startswith("token:"):
+                kind = kinds[name.removeprefix("token:")] = torch.zeros_like(ids)
+                for row, part in zip(kind, parts):
+                    row[:len(part)] = part
+            else:
+                whole = torch.cat(parts)
+                inputs[name] = whole.to(self.dtype) if whole.is_floating_point() else whole
+        return kinds, inputs
+
+    def where(self, ids, layout, kinds, inputs, room):
+        """The positions (B or 1, n) or (rows, B, n) that the model gives the logical places."""
+        place, n = layout.place, int(layout.place.max()) + 1 + room
+        plain = ids.new_full((len(ids), n), self.tokenizer.filler_id)         # of text, but for
+        row = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)     # the prefix
+        prefix = (layout.branch == 0) & (ids >= 0)
+        plain[row[prefix], place[prefix]] = ids[prefix]
+        kinds = {name: nn.functional.pad(kind, (0, n))[:, :n] for name, kind in kinds.items()}
+        return self.hf._prepare_position_ids_for_generation(
+            plain, {"attention_mask": torch.ones_like(plain), **kinds, **inputs})
+
+    def hidden_of_rows(self, ids, images, branch):
+        """The hidden states (B, L, D) of packed rows, computed with a row for each branch."""
+        hidden = []
+        for b, of_token in enumerate(branch):
+            prefix = (of_token == 0).nonzero()[:, 0]
+            members = [(of_token == k).nonzero()[:, 0] for k in range(1, int(of_token.max()) + 1)]
+            rows = nn.utils.rnn.pad_sequence(
+                [ids[b][torch.cat([prefix, member])] for member in members] or [ids[b][prefix]],
+                batch_first=True, padding_value=self.tokenizer.filler_id)     # (branches, longest)
+            looks = [images[b]] * len(rows) if images else None
+            states = self.hidden(rows, looks, branches.logical(rows, None, None))
+            of_row = states.new_zeros(ids.shape[1], states.shape[-1])
+            of_row = of_row.index_copy(0, prefix, states[0, :len(prefix)])
+            for state, member in zip(states, members):
+                of_member = state[len(prefix):len(prefix) + len(member)]
+                of_row = of_row.index_copy(0, member, of_member)
+            hidden.append(of_row)
+        return torch.stack(hidden)
+
+    def logits(self, hidden):
+        """Hidden states (..., D) -> logits (..., vocab), scaled and capped as the model does it."""
+        config, logits = self.text_config, self.hf.get_output_embeddings()(hidden)
+        logits = logits * (getattr(config, "logit_scale", None) or 1)
+        logits = logits / (getattr(config, "logits_scaling", None) or 1)
+        if cap := getattr(config, "final_logit_softcapping", None):
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def never_sampled(self, logits):
+        """Logits with special tokens and placeholders of images ruled out."""
+        return logits.index_fill(-1, torch.tensor(self.never, device=logits.device), float("-inf"))
+
+    # ---- memory
+    @property
+    def cache_bytes(self):
+        """Bytes of keys and values of one token."""
+        c = self.text_config
+        head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+        return 2 * c.num_hidden_layers * heads * head * self.dtype.itemsize
+
+    def training_bytes(self, trained, world, rows):
+        """As base.py; a row is a prompt with six views and a long caption."""
+        tokens = rows * (len(self.caption_prompt(6)) + LONG_CAPTION)
+        pixels = max(t.numel() for t in self.prompts.blank(6).values() if t.is_floating_point())
+        patches = rows * pixels // (3 * 14 * 14)
+        towers = []
+        for n, found in zip((patches, tokens), map(blocks, self.towers.values())):
+            inner = max(layer.out_features for _, mlp, _ in found for layer in mlp.modules()
+                        if isinstance(layer, nn.Linear))
+            width = found[0][2]
+            towers.append((n, width * len(found), 8 * width + 3 * inner))
+        logits = LOGITS_AT_ONCE * self.text_config.vocab_size
+        return weights.training_bytes(self, trained, world, towers, logits)
+
+
+# ---------------------------------------------------------------- what it can do
+def check_towers(name, hf):
+    """InputError where adapters would not find a place in every block of both towers."""
+    vision, language = hf.get_encoder(modality="image"), hf.get_decoder()
+    n_layers = hf.config.get_text_config().num_hidden_layers
+    kind = hf.config.model_type
+    if vision is hf or vision is hf.base_model or not blocks(vision):
+        raise InputError(f"{name}: the vision tower of {kind} has no blocks with an attention and "
+                         "an MLP, behind which adapters stand")
+    if len(blocks(language)) != n_layers:
+        raise InputError(f"{name}: of the {n_layers} blocks of {kind}'s language model, "
+                         f"{len(blocks(language))} have one attention and one MLP; adapters need "
+                         "all")
+
+
+@torch.no_grad()
+def try_out(model, name):
+    """Compare with a plain call of the model, and find out whether branches can be held apart.
+
+    InputError where no way of ours gives the plain call's logits.
+    """
+    noise = torch.rand(model.image_size, model.image_size, 3, generator=torch.manual_seed(0))
+    picture = Image.fromarray((noise * 255).byte().numpy())
+    inputs = dict(model.prompts.inputs([picture], model.caption_text))
+    inputs = {key: t.to(model.device, model.dtype if t.is_floating_point() else None)
+              for key, t in inputs.items()}
+    ids, look, kind = inputs["input_ids"], model.look([picture]), model.config.model_type
+    plain = model.hf(**inputs).logits.float()
+    near = 0.1 * plain.std()        # what rounding in bfloat16 stays far below
+    n, more = ids.shape[1], ids.new_tensor([model.tokenizer.encode("a b c d")])
+    longer = torch.cat([ids, more], 1)
+    ours, behind = model(ids, [look]).float(), model(longer, [look]).float()
+    if (ours - plain).abs().max() > near:
+        raise InputError(f"{name}: {kind} does not give here what it gives by itself; give another "
+                         "base")
+    if (behind[:, :n] - ours).abs().max() > near:
+        raise InputError(f"{name}: in a prompt of {kind} tokens see later ones, so that "
+                         "continuations cannot share it; give another base")
+    branch = torch.tensor([0] * n + [1] * more.shape[1] + [2] * more.shape[1], device=ids.device)
+    packed = model(torch.cat([longer, more], 1), [look], branch=branch[None]).float()
+    second = packed[:, n + more.shape[1]:]
+    model.packs = bool((second - behind[:, n:]).abs().max() < near)

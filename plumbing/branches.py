@@ -1,0 +1,76 @@
+"""Branches of one prefix in transformers' models: who sees whom in a packed row.
+
+A packed row is [prefix | branch 1 | branch 2 | ...]. Each model has an attention mask of its own
+(causal, sliding windows, images that see themselves both ways), written as a function of two
+places in a row. Here that function gets logical places, those that a token would have if its branch
+alone followed the prefix, and what it allows is narrowed to the token's own branch.
+"""
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from plumbing.positions import layout
+
+NAME = "sdpa_in_branches"
+current = []            # the layout of the forward that is running, if it has branches
+
+
+@dataclass
+class Layout:
+    """Of every token of a row, and of the cache before it: its logical place and its branch."""
+    place: torch.Tensor         # (B, L) int
+    branch: torch.Tensor        # (B, L) int: 0 the prefix, -1 padding
+
+    def extended(self, more):
+        """This layout and behind it another."""
+        return Layout(torch.cat([self.place, more.place], dim=1),
+                      torch.cat([self.branch, more.branch], dim=1))
+
+
+def logical(ids, mask, branch):
+    """The layout of rows (B, L), padded on the right."""
+    place, _ = layout(ids, None, branch)
+    branch = torch.zeros_like(ids) if branch is None else branch
+    if mask is not None:
+        if bool((mask[:, :-1] < mask[:, 1:]).any()):
+            raise ValueError("rows must be padded on the right")
+        branch = branch.masked_fill(~mask.bool(), -1)
+    return Layout(place.expand_as(ids), branch)
+
+
+def mask_of(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, **rest):
+    """transformers' mask interface: (B, 1, queries, keys) bool, True where a query sees a key."""
+    if not current or current[-1] is None:
+        return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length,
+                         q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function, **rest)
+    place, branch = current[-1].place, current[-1].branch
+    queries, keys = (slice(start, start + n)
+                     for start, n in ((q_offset, q_length), (kv_offset, kv_length)))
+    row = torch.arange(batch_size, device=place.device)[:, None, None, None]
+    allowed = mask_function(row, torch.zeros_like(row), place[:, None, queries, None],
+                            place[:, None, None, keys])                       # (B, 1, q, k)
+    of_query, of_key = branch[:, None, queries, None], branch[:, None, None, keys]
+    return allowed & ((of_key == 0) | (of_key == of_query))
+
+
+AttentionInterface.register(NAME, sdpa_attention_forward)
+AttentionMaskInterface.register(NAME, mask_of)
+
+
+def watch(decoder):
+    """Let a language model of transformers ask `mask_of` for its masks."""
+    decoder.config._attn_implementation = NAME
+
+
+@contextlib.contextmanager
+def within(layout):
+    """Inside, masks follow the branches of a layout; None is the model's own mask."""
+    current.append(layout)
+    try:
+        yield
+    finally:
+        current.pop()

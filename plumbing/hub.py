@@ -1,0 +1,103 @@
+"""Models and processors of transformers, from a folder or the Hub: opened or refused in one line.
+
+Nothing is downloaded before it is known that the model is one that runs here and fits the memory,
+and no code of a checkpoint's own is ever run.
+"""
+import hashlib
+import logging
+import re
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from plumbing.errors import InputError
+
+REMOTE = re.compile("trust_remote_code|remote code|custom code")
+PACKAGE = re.compile(r"requires the (\w[\w.-]*) library|No module named '([\w.]+)'|"
+                     r"`?(?:pip3? install|install) ([\w.-]+)")
+
+
+def one_line(error):
+    """The first line of an error's text, short; its class where there is none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:200]
+
+
+def read_config(name):
+    """A base's configuration. InputError for one that is not an image-text model of transformers."""
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:          # transformers and the Hub client share no error class
+        if REMOTE.search(str(error)):
+            raise InputError(f"{name}: needs code of its own, which is never run here; give a base "
+                             "that transformers knows") from None
+        if found := re.search(r"model type `([^`]+)`", str(error)):
+            raise InputError(f"{name}: is a {found[1]} model, which transformers "
+                             f"{transformers.__version__} does not know; a newer one "
+                             "may") from None
+        raise InputError(f"{name}: its configuration cannot be read ({one_line(error)})") from None
+    if type(config) not in AutoModelForImageTextToText._model_mapping:
+        raise InputError(f"{name}: is a {config.model_type} model and no vision-language model; "
+                         "give a base that reads images and text, such as "
+                         "Qwen/Qwen3-VL-4B-Instruct")
+    for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+        if getattr(part, "quantization_config", None):
+            raise InputError(f"{name}: is a quantised checkpoint; give the float one, which is "
+                             "frozen in --dtype bfloat16")
+    return config
+
+
+def read_processor(name):
+    """A base's processor. InputError where it is missing, or a package that it needs."""
+    try:
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        package = PACKAGE.search(str(error))
+        if isinstance(error, ImportError) and package:
+            package = next(filter(None, package.groups()))
+            raise InputError(f"{name}: its processor needs the package {package.lower()}; pip "
+                             f"install {package.lower()}") from None
+        raise InputError(f"{name}: has no processor that can be read ({one_line(error)}); a base "
+                         "needs its tokenizer and preprocessor files") from None
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise InputError(f"{name}: has no processor for images and text, only a "
+                         f"{type(processor).__name__}; a base needs preprocessor_config.json and "
+                         "its tokenizer's files; some processors need torchvision as well")
+    return processor
+
+
+def on_meta(config):
+    """The model of a configuration without its numbers, to look at."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").eval()
+
+
+def filled(name, config, dtype, device):
+    """The model with its weights, every tensor accounted for."""
+    transformers.utils.logging.disable_progress_bar()
+    loud = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity(logging.ERROR)
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            name, config=config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False,
+            output_loading_info=True)
+    except Exception as error:
+        raise InputError(f"{name}: its weights cannot be read ({one_line(error)})") from None
+    finally:
+        transformers.utils.logging.set_verbosity(loud)
+    for key, status in (("missing_keys", "lack"), ("mismatched_keys", "have another shape of")):
+        if tensors := sorted(map(str, info[key])):
+            raise InputError(f"{name}: the weights {status} {tensors[0]}; fetch them again")
+    return model.to(device).eval()
+
+
+def fingerprint(model):
+    """A hash of the name, shape and first values of every tensor, the same in every dtype."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        first = tensor.flatten()[:256].to(torch.bfloat16).tolist()
+        digest.update(f"{name} {tuple(tensor.shape)} {first}\n".encode())
+    return digest.hexdigest()
+
+

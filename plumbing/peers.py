@@ -1,0 +1,268 @@
+"""What bench.py needs to be compared with others: a small random Qwen2.5-VL, a process for each
+contestant in which its time and memory are measured, and TRL and transformers' generate as
+contestants."""
+import contextlib
+import ctypes
+import functools
+import gc
+import math
+import multiprocessing
+import random
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers as tf
+from PIL import Image
+
+from plumbing.errors import InputError
+
+VOCABULARY = 4096
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+           "<|image_pad|>", "<|video_pad|>")
+TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+            "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+            "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+            "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+            "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+PIXELS = 28             # the side of an image token: 2 × 2 patches of 14
+# LoRA for TRL: behind attention and MLP of every block of both towers, where adapters stand.
+PLACES = r".*\.(o_proj|attn\.proj|down_proj)"
+
+
+# ---------------------------------------------------------------- a base
+def make_tokenizer():
+    """Byte-level BPE of VOCABULARY tokens, learned from random words."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 6)))
+             for _ in range(9000)]
+    letters = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = letters, tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(SPECIAL), initial_alphabet=letters.alphabet(),
+        show_progress=False)
+    bpe.train_from_iterator([" ".join(words), "user assistant Yes No a b c d " * 99], trainer)
+    bpe.add_special_tokens(list(SPECIAL))
+    return tf.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>",
+                                      pad_token="<|endoftext|>")
+
+
+def write_base(folder, hidden, layers):
+    """A random Qwen2.5-VL as a folder -> how many parameters, and words that are one token each."""
+    tokenizer = make_tokenizer()
+    ids = {name.strip("<|>"): tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
+    depth = max(1, layers // 2)
+    text = {"vocab_size": VOCABULARY, "hidden_size": hidden, "num_hidden_layers": layers,
+            "intermediate_size": hidden * 43 // 8, "num_attention_heads": hidden // 64,
+            "num_key_value_heads": max(1, hidden // 256), "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6,
+                                "mrope_section": [8, 12, 12]},
+            "eos_token_id": ids["im_end"], "pad_token_id": ids["endoftext"], "bos_token_id": None}
+    vision = {"depth": depth, "hidden_size": hidden // 2, "num_heads": hidden // 128,
+              "intermediate_size": hidden * 4 // 3, "out_hidden_size": hidden,
+              "fullatt_block_indexes": [depth - 1]}
+    torch.manual_seed(0)
+    tf.utils.logging.disable_progress_bar()
+    model = tf.Qwen2_5_VLForConditionalGeneration(tf.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"], image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"]))
+    model.save_pretrained(folder)
+    tf.Qwen2_5_VLProcessor(tf.Qwen2VLImageProcessor(), tokenizer, tf.Qwen2VLVideoProcessor(),
+                           chat_template=TEMPLATE).save_pretrained(folder)
+    words = [token[1:] for token in sorted(tokenizer.get_vocab()) if token[0] == "Ġ"]
+    return model.num_parameters(), [word for word in words if word.isalpha()]
+
+
+def picture(n_tokens):
+    """Noise that becomes n image tokens, as near to a square as they allow."""
+    rows = max(n for n in range(1, math.isqrt(n_tokens) + 1) if n_tokens % n == 0)
+    shape = rows * PIXELS, n_tokens // rows * PIXELS, 3
+    noise = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    return Image.fromarray((noise * 255).byte().numpy())
+
+
+# ---------------------------------------------------------------- memory
+def peak_memory(device):
+    """The most bytes since reset_peak; on a CPU that cannot reset it, of the process's life."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource  # here, since Windows lacks it
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak(device):
+    """Forget the peak so far, and hand back what is free -> bytes in use."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory(device)
+
+
+# ---------------------------------------------------------------- contestants take turns
+class Turns:
+    """`with turns:` waits for this contestant's turn, times what is inside, and reports it."""
+
+    def __init__(self, connection, device):
+        self.connection, self.device = connection, device
+        self.at_rest = 0        # bytes in use between turns
+        self.facts = {}         # what else to report
+
+    def __enter__(self):
+        self.connection.send({})
+        is_warm = self.connection.recv()
+        if is_warm and not self.at_rest:
+            self.at_rest = reset_peak(self.device)
+        self.began = time.perf_counter()
+
+    def __exit__(self, kind, error, traceback):
+        if error is None:
+            if self.device != "cpu":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - self.began
+            megabytes = (peak_memory(self.device) - self.at_rest) / 1e6
+            self.connection.send({**self.facts, "seconds": seconds, "megabytes": megabytes})
+
+
+def contestant(run, job, connection):
+    """A contestant's process: run(job, turns) takes turns until it is ended."""
+    import torch._dynamo  # an optimizer would import it in the first turn
+
+    torch.set_num_threads(job.threads)
+    torch.manual_seed(0)
+    warnings.simplefilter("ignore", FutureWarning)
+    tf.utils.logging.disable_progress_bar()
+    try:
+        run(job, Turns(connection, job.device))
+    except InputError as error:
+        connection.send({"error": str(error)})
+    except EOFError:            # the race is over
+        pass
+
+
+def message_of(name, connection):
+    """The next message of a contestant. InputError where it has failed."""
+    try:
+        message = connection.recv()
+    except (EOFError, OSError):
+        raise InputError(f"the process of {name} has failed") from None
+    if "error" in message:
+        raise InputError(f"{name}: {message['error']}")
+    return message
+
+
+def race(contestants, job):
+    """{name: (run, parts)} -> {name: {part: [reports]}}, one of each round; the first is warm-up.
+
+    Each runs in a process of its own, and only while the others wait. A part is one turn.
+    """
+    context = multiprocessing.get_context("spawn")
+    processes, connections = [], {}
+    reports = {name: {part: [] for part in parts} for name, (_, parts) in contestants.items()}
+    try:
+        for name, (run, _) in contestants.items():
+            connections[name], theirs = context.Pipe()
+            process = context.Process(target=contestant, args=(run, job, theirs), daemon=True)
+            process.start()
+            processes.append(process)
+            theirs.close()
+            message_of(name, connections[name])
+        for number in range(job.rounds + 1):
+            for name, parts in reports.items():
+                for part in parts:
+                    connections[name].send(number > 0)
+                    parts[part].append(message_of(name, connections[name]))
+                    message_of(name, connections[name])     # it has tidied up and waits again
+    finally:
+        for connection in connections.values():
+            connection.close()
+        for process in processes:
+            process.join()
+    return reports
+
+
+# ---------------------------------------------------------------- the others
+def open_plain(job):
+    """-> transformers' model and processor, and the prompt as text."""
+    processor = tf.AutoProcessor.from_pretrained(job.folder)
+    hf = tf.AutoModelForImageTextToText.from_pretrained(job.folder, dtype=job.dtype)
+    hf = hf.to(job.device)
+    for parameter in hf.parameters():           # what is mapped from a file is read now
+        parameter.data = parameter.data.clone()
+    content = [{"type": "image"}, {"type": "text", "text": job.request}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                           add_generation_prompt=True)
+    return hf, processor, prompt
+
+
+def rank_of(hf):
+    """The rank at which LoRA at PLACES has about as many numbers as adapters of width ÷ 8."""
+    layers = [layer for name, layer in hf.named_modules() if re.fullmatch(PLACES, name)]
+    widths = [layer.out_features for layer in layers]
+    n_adapters = sum((2 * width + 1) * (width // 8) + width for width in widths)
+    return round(n_adapters / sum(layer.in_features + layer.out_features for layer in layers))
+
+
+def train_trl(job, turns):
+    """TRL's DPOTrainer on the pair; a turn is its training_step, forward and backward."""
+    from datasets import Dataset  # here, since `generate` does without
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer
+
+    hf, processor, prompt = open_plain(job)
+    chosen, rejected = (text + processor.tokenizer.eos_token for text in job.captions)
+    row = {"images": [picture(job.n_tokens)], "prompt": prompt, "chosen": chosen,
+           "rejected": rejected}
+    steps = job.rounds + 2
+    config = DPOConfig(
+        output_dir=f"{job.folder}/trl", loss_type=["sigmoid", "sft"], beta=job.beta,
+        max_length=None, max_steps=steps, per_device_train_batch_size=1, bf16=False,
+        gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
+        use_cpu=job.device == "cpu", save_strategy="no", logging_strategy="no", report_to="none",
+        disable_tqdm=True)
+    trainer = DPOTrainer(
+        hf, args=config, processing_class=processor, train_dataset=Dataset.from_list([row] * steps),
+        peft_config=LoraConfig(r=rank_of(hf), target_modules=PLACES))
+    turns.facts["trained"] = sum(p.numel() for p in hf.parameters() if p.requires_grad)
+    trainer.training_step = functools.partial(in_turn, turns, trainer.training_step)
+    trainer.train()
+
+
+def in_turn(turns, training_step, model, inputs, *rest):
+    turns.facts["tokens"] = inputs["input_ids"].numel()
+    with turns:
+        loss = training_step(model, inputs, *rest)
+        turns.facts["loss"] = loss.item()
+    return loss
+
+
+def generate(job, turns):
+    """The captions of an image by transformers' own generate."""
+    hf, processor, prompt = open_plain(job)
+    inputs = processor(text=[prompt], images=[[picture(job.n_tokens)]], return_tensors="pt")
+    inputs = inputs.to(job.device, job.dtype)
+    never = list(processor.tokenizer.added_tokens_decoder)      # all special, also the end token
+    n = turns.facts["tokens"] = inputs["input_ids"].shape[1]
+    hf.eval()
+    while True:
+        with turns:
+            ids = hf.generate(**inputs, num_return_sequences=job.n_samples, do_sample=True,
+                              top_k=0, max_new_tokens=job.sample, min_new_tokens=job.sample,
+                              suppress_tokens=never)
+        assert ids.shape == (job.n_samples, n + job.sample)
