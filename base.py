@@ -103,7 +103,7 @@ def open_base(name, dtype=None, device="cpu", weights_too=True, caption_prompt=N
     if is_qwen_vl(weights.resolve(name, weights=False)):
         kind = QwenVL
     else:
-        from hf_model import HFModel as kind  # here, since transformers is slow to import
+        kind = hf_model_class(name)
     model = kind.from_pretrained(name, dtype, device, weights_too)
     if caption_prompt:
         if special := model.tokenizer.special_in(caption_prompt):
@@ -111,6 +111,17 @@ def open_base(name, dtype=None, device="cpu", weights_too=True, caption_prompt=N
                              "write it without")
         model.caption_text = caption_prompt
     return model
+
+
+def hf_model_class(name):
+    """hf_model.HFModel, imported only now, since transformers is slow to import."""
+    try:
+        from hf_model import HFModel
+    except ImportError as error:            # a package that does not fit the others, mostly
+        cause = str(error.__cause__ or error).splitlines()[0]
+        raise InputError(f"{name}: transformers cannot be used ({cause}); install a torchvision "
+                         "that belongs to this torch, or none") from None
+    return HFModel
 
 
 def is_qwen_vl(folder):

@@ -119,22 +119,12 @@ def caption_batch(model, args, batch):
 
     Results are captions {"caption", "finish", "tokens"}, or one {"error"}.
     """
-    good = [(name, seen) for (_, name), seen in batch if not isinstance(seen, InputError)]
-    captions = iter(caption_views(model, args, *zip(*good)) if good else [])
-    return [[{"error": str(seen)}] if isinstance(seen, InputError) else next(captions)
-            for _, seen in batch]
-
-
-def caption_views(model, args, names, seen):
-    """Names of images and what the model sees of each -> a list of --n results for each."""
-    try:
-        return sample(model, seen, names, args.n, args.max_new_tokens,
-                      args.temperature, args.top_p, args.seed, args.past_context)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        raise InputError(f"{args.device} is out of memory with {len(names)} images × {args.n} "
-                         "captions; try a smaller --batch, --n or --max-new-tokens") from None
+    good = [(name, views) for (_, name), views in batch if not isinstance(views, InputError)]
+    names, seen = zip(*good) if good else ((), ())
+    captions = iter(sample(model, seen, names, args.n, args.max_new_tokens, args.temperature,
+                           args.top_p, args.seed, args.past_context))
+    return [[{"error": str(views)}] if isinstance(views, InputError) else next(captions)
+            for _, views in batch]
 
 
 def show(args, path, result, several):

@@ -39,7 +39,7 @@ import adapters
 from base import open_base
 from chunking import LAYOUTS, crops
 from generate import room_left, sample
-from plumbing import arguments, data, train
+from plumbing import arguments, data, scoring, train
 from plumbing.errors import InputError
 from plumbing.images import open_image
 from plumbing.parts import PADDING
@@ -55,11 +55,9 @@ def parse_args(argv):
                                lr=5e-5, batch=32, epochs=1.0)
     add = p.add_argument
     add("--init", type=arguments.folder_or_none, default=Path("out/sft"),
-        help="the captioner's adapter folder, or none: fresh adapters on the bare base")
-    add("--base", help="Hub name or folder of the base; left out, the captioner's, or that of the "
-        "golden rows")
-    add("--reduction", type=arguments.count, default=8,
-        help="of fresh adapters: width of the model ÷ width of a bottleneck")
+        help="the captioner's adapter folder, or none: fresh adapters")
+    add("--base", help="Hub name or folder of the base; left out, that of --init, else of --data")
+    add("--reduction", type=arguments.count, default=8, help="of fresh adapters, as in sft.py")
     add("--loss", choices=LOSSES, default="dpo", help="preference loss; none: CE alone")
     add("--beta", type=arguments.positive, default=0.1, help="strength of the preference loss; "
         "ipo and kto have scales of their own")
@@ -128,27 +126,20 @@ def pack(prompt, captions):
             "owner": owner}
 
 
-def padded(examples, key, fill, device):
-    """A list of each example, padded on the right -> (B, longest) int64."""
-    longest = max(len(example[key]) for example in examples)
-    rows = [example[key] + [fill] * (longest - len(example[key])) for example in examples]
-    return torch.tensor(rows, device=device)
-
-
 def caption_logps(model, examples, eos_id, device):
     """Log-probabilities of packed captions, each summed over its tokens -> (B, C) in nats.
 
     C is the largest number of captions of an example; missing captions are 0.
     """
-    ids = padded(examples, "ids", eos_id, device)                               # (B, L)
+    ids = data.padded(examples, "ids", eos_id, device)                               # (B, L)
     lengths = torch.tensor([len(example["ids"]) for example in examples], device=device)
     mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
     images = data.together([example["views"] for example in examples])
-    logps = model(ids, images, mask, branch=padded(examples, "branch", 0, device),
-                  positions=padded(examples, "positions", 0, device),
-                  logp_of=padded(examples, "targets", PADDING, device))     # (B, K), 0 at padding
+    logps = model(ids, images, mask, branch=data.padded(examples, "branch", 0, device),
+                  positions=data.padded(examples, "positions", 0, device),
+                  logp_of=data.padded(examples, "targets", PADDING, device))    # 0 at padding
     n_captions = 1 + max(max(example["owner"]) for example in examples)
-    owner = padded(examples, "owner", 0, device)
+    owner = data.padded(examples, "owner", 0, device)
     return logps.new_zeros(len(examples), n_captions).scatter_add(1, owner, logps)
 
 
@@ -281,9 +272,8 @@ def preference_loss(kind, policy_chosen, policy_rejected, ref_chosen, ref_reject
       none   0
 
     ipo is a variant. The paper's log-ratios are sums over tokens; these are means, as in TRL, so
-    that long captions do not set the scale. The target margin, 1/(2β), is therefore per token:
-    5 nats at β = .1, and 150 nats for a caption of 30 tokens. Useful β are
-    larger than with the other losses: in the toy world 8, where dpo's is .1 (results/claims.json).
+    that long captions do not set the scale. The target margin, 1/(2β), is therefore per token, and
+    useful β are larger: in the toy world 8, where dpo's is .1 (results/claims.json).
 
     kto: z estimates KL(π ‖ ref) on this kind of image, the level from which a caption counts as
     better or worse than before. The KL is a mean over captions drawn from π; sampling them at every
@@ -362,38 +352,26 @@ def watch(ranks, model, images, boxes, seed):
             seen = model.look(crops(open_image(image), model.image_size, boxes))
             captions += sample(model, [seen], [image.name], 1, seed=seed)[0]
     captions = ranks.gather(captions)
-    if not captions:
-        return {}
-    n = len(captions)
-    statements = [[s for s in map(str.strip, row["caption"].split(",")) if s] for row in captions]
-    return {"watch/length": sum(row["tokens"] for row in captions) / n,
-            "watch/eos": sum(row["finish"] == "eos" for row in captions) / n,
-            "watch/repeat": sum(len(set(parts)) < len(parts) for parts in statements) / n}
+    return {f"watch/{name}": value for name, value in scoring.habits(captions).items()}
 
 
 # ---------------------------------------------------------------- main
 def open_captioner(args, device):
-    """The captioner, which is the policy's start and the reference -> model, boxes of the views,
-    name of its adapters.
+    """The policy's start, which is the reference -> model, boxes of the views, its adapters' name.
 
-    Without a folder to start from it is the base that made the golden rows, as golden.py opened it,
-    with fresh adapters, which change nothing yet.
+    Without a folder it is the bare base that made the golden rows, with fresh adapters, which
+    change nothing yet.
     """
-    made = data.read_settings(args.data.parent).get("sample", {})
-    card = adapters.read_card(args.init) if args.init else made
-    base = args.base or card.get("base")
-    if not base:
-        raise InputError(f"--init none: {args.data.parent}/settings.json, which golden.py writes, "
-                         "does not name the base of the golden rows; give --base")
-    views = args.views or (None if args.init else made.get("views"))
-    boxes = adapters.views_of(args.init, views)
-    prompt = None if args.init else args.caption_prompt or made.get("caption_prompt")
-    torch.manual_seed(args.seed)
-    model = open_base(base, arguments.DTYPES.get(args.dtype), device, caption_prompt=prompt)
+    dtype = arguments.DTYPES.get(args.dtype)
     if args.init:
+        model = open_base(args.base or adapters.read_card(args.init)["base"], dtype, device)
+        boxes = adapters.views_of(args.init, args.views)
         return model, boxes, adapters.load(model, args.init)["name"]
+    base, views, prompt = data.made_by(args.data, args.base, args.views, args.caption_prompt)
+    torch.manual_seed(args.seed)
+    model = open_base(base, dtype, device, caption_prompt=prompt)
     adapters.attach(model, "caption", reduction=args.reduction)
-    return model, boxes, "caption"
+    return model, adapters.views_of(None, views), "caption"
 
 
 def adapters_to_train(args, model, name):
@@ -416,7 +394,7 @@ def main(argv=None):
 
 def learn(args, ranks):
     """The whole stage on one rank -> exit code."""
-    # ---- the captioner, which is the policy's start and the reference
+    # ---- the captioner
     model, boxes, captioner = open_captioner(args, ranks.device)
 
     # ---- data

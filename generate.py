@@ -7,6 +7,8 @@ alone, so neither the batch nor the number of cards changes them.
 """
 import contextlib
 import hashlib
+import json
+import re
 from collections import defaultdict
 from itertools import pairwise
 
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 
 from chunking import crops
-from plumbing.data import together
+from plumbing import data, files
 from plumbing.errors import InputError
 from plumbing.images import open_image
 from plumbing.positions import ntk_alpha
@@ -159,11 +161,25 @@ def sample(model, views, names, n=1, max_new_tokens=None, temperature=1.0, top_p
         room = room_left(model, views[members[0]], max_new_tokens, past_context)
         numbers = [uniforms(seed, names[i], k, room) for i in members for k in range(n)]
         ids = torch.tensor([prompts[i] for i in members], device=model.device)
-        of_members = draw(model, ids, together([views[i] for i in members]), n, room,
-                          torch.tensor(np.array(numbers), device=model.device), temperature, top_p)
+        u = torch.tensor(np.array(numbers), device=model.device)              # (I·n, room)
+        with enough_memory(f"{len(ids)} images × {n} captions; try a smaller --batch or "
+                           "--max-new-tokens, or fewer captions"):
+            of_members = draw(model, ids, data.together([views[i] for i in members]), n, room, u,
+                              temperature, top_p)
         for k, i in enumerate(members):
             results[i] = of_members[k * n:(k + 1) * n]
     return results
+
+
+@contextlib.contextmanager
+def enough_memory(what):
+    """Inside, an error for want of memory becomes an InputError that says what to lessen."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise InputError(f"out of memory with {what}") from None
 
 
 def draw(model, ids, images, n, room, u, temperature, top_p):
@@ -242,10 +258,11 @@ def yes_probability(model, views, questions):
     """
     device = model.device
     yes, no = yes_and_no(model.tokenizer)
-    prefix, images = model.head(views), together([views])
+    prefix, images = model.head(views), data.together([views])
     encoded = [model.question(question) for question in questions]
     parts = [torch.zeros(0, device=device)]
-    with evaluating(model):
+    what = f"{len(questions)} questions about one image; lower generate.MAX_PACKED"
+    with evaluating(model), enough_memory(what):
         for row in packed_rows(encoded, len(prefix), model.seq_length):
             ids = prefix + [token for question in row for token in question]
             ids = torch.tensor([ids], device=device)                              # (1, L)
@@ -313,6 +330,27 @@ def calibrate(p_yes, truth):
     return -max(candidates)[2]
 
 
+def calibrated(questions, path, ranks, open_model, boxes):
+    """The threshold that suits a model on a file of questions, found once and kept at `path`.
+
+    The model is opened, by open_model(), only if it has to be asked; all ranks ask together.
+    """
+    if not all(ranks.gather([path.is_file()])):
+        rows, bad = data.read_questions(questions)
+        p_yes, truth = answers(open_model(), boxes, rows[ranks.rank::ranks.world],
+                               lambda reason: bad.append((str(questions), reason)))
+        p_yes, truth = ranks.gather(p_yes), ranks.gather(truth)
+        if not truth:
+            raise InputError(f"{questions}: none of its images can be read")
+        threshold = calibrate(p_yes, truth)
+        if ranks.is_master:
+            data.report_bad("golden.py", bad)
+            files.write_json(path, {"threshold": threshold, "questions": len(truth),
+                                    **gate(p_yes, truth, threshold)})
+        ranks.barrier()
+    return json.loads(path.read_text("utf-8"))["threshold"]
+
+
 # ---------------------------------------------------------------- loops
 def loops(ids, text_of):
     """Whether a list of token ids, whose text is text_of(ids), ends in a loop.
@@ -332,6 +370,15 @@ def loops(ids, text_of):
         if is_statement or (len(ids) >= LOOP_TOKENS and long_run):
             return True
     return False
+
+
+def trimmed(result):
+    """The text of a sample without its loop, or without the statement at which it was cut off."""
+    if result["finish"] == "repeat":
+        return without_loop(result["caption"])
+    if result["finish"] == "length":
+        return re.sub(r"(^|[,.;])[^,.;]*$", "", result["caption"])
+    return result["caption"]
 
 
 def without_loop(caption):

@@ -30,30 +30,17 @@ What the source, the blog post ATAC-Qwen-VL, leaves open:
     threshold is .5, or calibrated on --calibrate's questions
 """
 import argparse
-import gc
-import json
 import os
-import re
 import sys
 from functools import partial
 from pathlib import Path
-
-import torch
 
 import adapters
 import tool_llm
 from base import open_base
 from chunking import LAYOUTS, crops
-from generate import (
-    answers,
-    calibrate,
-    images_at_once,
-    room_left,
-    sample,
-    without_loop,
-    yes_probability,
-)
-from plumbing import arguments, data, files, rules, shards, train
+from generate import calibrated, images_at_once, room_left, sample, trimmed, yes_probability
+from plumbing import arguments, data, rules, shards, train, weights
 from plumbing.errors import InputError
 from plumbing.images import find_images, open_image
 from plumbing.page import write_page
@@ -146,32 +133,13 @@ def sample_rows(args, model, boxes, images):
                 names.append(image)
                 seen.append(views_or_error)
         if names:
-            of_images = sample_batch(args, model, seen, names)
+            of_images = sample(model, seen, names, args.n, args.max_new_tokens, args.temperature,
+                               args.top_p, args.seed)
             for image, samples in zip(names, of_images):
                 yield {"image": image, "samples": samples}
 
 
-def sample_batch(args, model, seen, names):
-    """What the model sees of I images, and their names -> I lists of {"caption", "finish",
-    "tokens"}."""
-    try:
-        return sample(model, seen, names, args.n, args.max_new_tokens, args.temperature,
-                      args.top_p, args.seed)
-    except torch.OutOfMemoryError:
-        raise InputError(f"out of memory with {len(names)} images × {args.n} captions; try a "
-                         "smaller --batch, --samples or --max-new-tokens") from None
-
-
 # ---------------------------------------------------------------- combine
-def trimmed(result):
-    """The text of a sample without its loop, or without the statement at which it was cut off."""
-    if result["finish"] == "repeat":
-        return without_loop(result["caption"])
-    if result["finish"] == "length":
-        return re.sub(r"(^|[,.;])[^,.;]*$", "", result["caption"])
-    return result["caption"]
-
-
 def combine_rows(tool, rows):
     """Yield rows with "combined" and "statements", each with its question, or with "error"."""
     for chunk in data.batched(rows, CHUNK):
@@ -212,13 +180,17 @@ def verify_row(model, row, seen):
     if isinstance(seen, InputError):
         return {**row, "error": str(seen)}
     questions = [statement["question"] for statement in row["statements"]]
-    try:
-        p_yes = yes_probability(model, seen, questions).tolist()
-    except torch.OutOfMemoryError:
-        raise InputError(f"out of memory with {len(questions)} questions about one image; lower "
-                         "generate.MAX_PACKED") from None
+    p_yes = yes_probability(model, seen, questions).tolist()
     statements = [{**s, "p_yes": round(p, 4)} for s, p in zip(row["statements"], p_yes)]
     return {**row, "statements": statements}
+
+
+def verify_rows(args, model, boxes, todo):
+    """Yield the rows of `verify_row`."""
+    see = partial(look, model, args.images, boxes)
+    for decoded in data.ahead(todo.images, see, args.workers, AHEAD):
+        for image, seen in decoded:
+            yield verify_row(model, todo.row(image), seen)
 
 
 # ---------------------------------------------------------------- compose
@@ -296,56 +268,18 @@ def compose_rows(args, tool, model, room, threshold, rows):
 
 
 # ---------------------------------------------------------------- the four passes
-def sample_pass(args, ranks, boxes):
-    """Captioner: N captions of each image."""
-    images = [name for path, name in find_images([args.images]) if path != args.images]
-    if not images:
-        raise InputError(f"{args.images}: no images in it")
-    with shards.Pass(args.out, ranks, "sample", images, retry_errors=args.retry_errors) as todo:
-        if todo.images:
-            model = open_captioner(args, ranks.device, *filter(None, [args.captioner]))
-            for row in sample_rows(args, model, boxes, todo.images):
-                todo.write(row)
-    return todo.count, todo.seconds
-
-
-def combine_pass(args, ranks):
-    """Tool LLM: one list of statements from an image's captions, with a question for each."""
-    with later_pass(args, ranks, "combine", before="sample") as todo:
-        if todo.images:
-            tool = open_tool(args, ranks.device)
-            for row in combine_rows(tool, todo.rows()):
-                todo.write(row)
-    return todo.count, todo.seconds
-
-
-def verify_pass(args, ranks, boxes):
-    """Captioner and QA adapter: P(yes) of each question."""
-    with later_pass(args, ranks, "verify", before="combine") as todo:
-        if todo.images:
-            model = open_judge(args, ranks.device)
-            see = partial(look, model, args.images, boxes)
-            for decoded in data.ahead(todo.images, see, args.workers, AHEAD):
-                for image, seen in decoded:
-                    todo.write(verify_row(model, todo.row(image), seen))
-    return todo.count, todo.seconds
-
-
-def compose_pass(args, ranks, model, room, threshold):
-    """Tool LLM: a caption of the statements that are kept."""
-    with later_pass(args, ranks, "compose", before="verify") as todo:
-        if todo.images:
-            tool = open_tool(args, ranks.device)
-            for row in compose_rows(args, tool, model, room, threshold, todo.rows()):
-                todo.write(row)
-    return todo.count, todo.seconds
-
-
-def later_pass(args, ranks, name, before):
-    """A pass over the rows of the pass before; its error rows are handed on as they are.
+def open_pass(args, ranks, name):
+    """The images that a pass still has to do; those of the pass before that ended in an error are
+    handed on as they are.
 
     InputError if the pass before left no rows and is not in --passes.
     """
+    if name == "sample":
+        images = [name for path, name in find_images([args.images]) if path != args.images]
+        if not images:
+            raise InputError(f"{args.images}: no images in it")
+        return shards.Pass(args.out, ranks, name, images, retry_errors=args.retry_errors)
+    before = PASSES[PASSES.index(name) - 1]
     todo = shards.Pass(args.out, ranks, name, before=before, retry_errors=args.retry_errors)
     # if it is run, a rank without images may get here before the others have written any row
     if not todo.source and before not in args.passes:
@@ -353,14 +287,27 @@ def later_pass(args, ranks, name, before):
     return todo
 
 
+def rows_of_pass(args, ranks, boxes, prompts, threshold, name, todo):
+    """The rows of one of the four passes, as they are done. prompts: the base without weights."""
+    weights.release_memory(ranks.device)
+    if name == "sample":
+        return sample_rows(args, open_captioner(args, ranks.device), boxes, todo.images)
+    if name == "verify":
+        return verify_rows(args, open_judge(args, ranks.device), boxes, todo)
+    tool = tool_llm.open_tool(args, ranks.device)
+    if name == "combine":
+        return combine_rows(tool, todo.rows())
+    return compose_rows(args, tool, prompts, room_left(prompts, len(boxes)), threshold,
+                        todo.rows())
+
+
 def base_of(args):
     """The name or folder of the base."""
     return args.base or adapters.read_card(args.captioner)["base"]
 
 
-def open_captioner(args, device, *folders):
+def open_with(args, device, *folders):
     """The base with the adapters of some folders, in that order."""
-    release_memory(device)
     model = open_base(base_of(args), arguments.DTYPES.get(args.dtype), device,
                       caption_prompt=args.caption_prompt)
     for folder in folders:
@@ -368,22 +315,14 @@ def open_captioner(args, device, *folders):
     return model
 
 
+def open_captioner(args, device):
+    """The model that captions: base and captioner, or the bare base."""
+    return open_with(args, device, *([args.captioner] if args.captioner else []))
+
+
 def open_judge(args, device):
     """The model that answers questions: captioner and QA adapter, or the bare base."""
-    return open_captioner(args, device, *([args.captioner, args.qa] if args.qa else []))
-
-
-def open_tool(args, device):
-    """The tool LLM."""
-    release_memory(device)
-    return tool_llm.open_tool(args, device)
-
-
-def release_memory(device):
-    """Free the model of the pass before: the next one may need the whole card."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    return open_with(args, device, *([args.captioner, args.qa] if args.qa else []))
 
 
 # ---------------------------------------------------------------- before the passes
@@ -402,33 +341,17 @@ def read_qa(args):
 
 
 def threshold_of_bare(args, ranks, boxes):
-    """The threshold of a judge without a QA adapter: --threshold, or calibrated once, or .5.
-
-    What was calibrated is kept in calibration.json, with its share of right answers.
-    """
+    """The threshold of a judge without a QA adapter: --threshold, or calibrated, or .5."""
     if args.threshold is not None or args.calibrate is None:
         return 0.5 if args.threshold is None else args.threshold
-    path = args.out / "calibration.json"
-    if not all(ranks.gather([path.is_file()])):
-        rows, bad = data.read_questions(args.calibrate)
-        model = open_judge(args, ranks.device)
-        own = rows[ranks.rank::ranks.world]
-        p_yes, truth = answers(model, boxes, own, lambda reason: bad.append((reason, "left out")))
-        p_yes, truth = ranks.gather(p_yes), ranks.gather(truth)
-        if not truth:
-            raise InputError(f"{args.calibrate}: none of its images can be read")
-        if ranks.is_master:
-            data.report_bad("golden.py", bad)
-            files.write_json(path, {"threshold": calibrate(p_yes, truth), "questions": len(truth),
-                                    "file": str(args.calibrate)})
-        ranks.barrier()
-    return json.loads(path.read_text("utf-8"))["threshold"]
+    judge_of = partial(open_judge, args, ranks.device)
+    return calibrated(args.calibrate, args.out / "calibration.json", ranks, judge_of, boxes)
 
 
-def settings_of(args, qa):
+def settings_of(args, qa, caption_prompt):
     """{pass: all that its rows depend on}: the settings of this pass and of those before it."""
     captioner = {"captioner": adapters.folder_hash(args.captioner)} if args.captioner else {
-        "captioner": "none", "base": args.base, "caption_prompt": args.caption_prompt,
+        "captioner": "none", "base": args.base, "caption_prompt": caption_prompt,
         "views": args.views}
     added = {
         "sample": {**captioner, "dtype": str(args.dtype),
@@ -455,23 +378,22 @@ def run(args, ranks):
         raise InputError(f"--images {args.images}: is not a folder")
     boxes = adapters.views_of(args.captioner, args.views)
     qa = read_qa(args) if {"verify", "compose"} & set(args.passes) else {}
-    args.out.mkdir(parents=True, exist_ok=True)
-    shards.check_settings(args.out, ranks, args.passes, settings_of(args, qa))
     prompts = open_base(base_of(args), weights_too=False, caption_prompt=args.caption_prompt)
-    room = room_left(prompts, len(boxes))
+    room_left(prompts, len(boxes))              # refuses a context too short for the prompt
+    args.out.mkdir(parents=True, exist_ok=True)
+    settings = settings_of(args, qa, prompts.caption_text)
+    shards.check_settings(args.out, ranks, args.passes, settings)
     if "compose" in args.passes and args.qa is None:
         qa["threshold"] = threshold_of_bare(args, ranks, boxes)
 
     times = {}              # {pass: (images done, seconds)}
-    if "sample" in args.passes:
-        times["sample"] = sample_pass(args, ranks, boxes)
-    if "combine" in args.passes:
-        times["combine"] = combine_pass(args, ranks)
-    if "verify" in args.passes:
-        times["verify"] = verify_pass(args, ranks, boxes)
-    if "compose" in args.passes:
-        times["compose"] = compose_pass(args, ranks, prompts, room, qa["threshold"])
-
+    for name in filter(args.passes.__contains__, PASSES):
+        with open_pass(args, ranks, name) as todo:
+            if todo.images:
+                for row in rows_of_pass(args, ranks, boxes, prompts, qa.get("threshold"), name,
+                                        todo):
+                    todo.write(row)
+        times[name] = todo.count, todo.seconds
     for name in times:
         of_ranks = ranks.gather([times[name]])
         times[name] = tuple(map(sum, zip(*of_ranks)))

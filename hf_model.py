@@ -24,51 +24,19 @@ from transformers import DynamicCache
 
 from plumbing import branches, hub, weights
 from plumbing.errors import InputError
-from plumbing.parts import LOGITS_AT_ONCE, Slot, log_probabilities
+from plumbing.parts import LOGITS_AT_ONCE, Adaptable, Slot, log_probabilities
 from plumbing.prompts import Prompts, view_side
 from plumbing.tokenizer import ChatTokenizer
+from plumbing.towers import blocks, check_towers, projections
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # images are decoded by forked workers
 
 CAPTION_PROMPT = ("Describe the image in short factual statements, separated by commas: every "
                   "object with color, number, place and details, and all text. No filler.")
-QUESTION = "{} Answer Yes or No."
 LONG_CAPTION = 512      # tokens behind a prompt, for estimates of memory
-SOFT = -1               # the id of a soft prompt's slots: no token of the vocabulary is reserved
-# The names of the two children by which a block is known.
-ATTENTION = {"self_attn", "attn", "attention", "self_attention", "linear_attn", "conv", "mixer"}
-MLP = {"mlp", "feed_forward", "ffn", "block_sparse_moe", "moe"}
-QKV = ("q_proj", "k_proj", "v_proj", "qkv", "qkv_proj", "query", "key", "value", "in_proj")
 
 
 # ---------------------------------------------------------------- where adapters go
-def blocks(tower):
-    """The blocks of a tower, in order: [(attention, MLP, width)].
-
-    A block is an element of a ModuleList with exactly one attention and one MLP, or what takes
-    their place. Its width is that of its first norm.
-    """
-    found = []
-    lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList)]
-    for block in (block for elements in lists for block in elements):
-        children = dict(block.named_children())
-        pair = [[children[name] for name in children if name in names]
-                for names in (ATTENTION, MLP)]
-        norms = [child for name, child in children.items() if name not in ATTENTION | MLP]
-        widths = [p.shape[0] for norm in norms for p in norm.parameters(recurse=False)
-                  if p.ndim == 1]
-        if [len(part) for part in pair] == [1, 1] and widths:
-            found.append((pair[0][0], pair[1][0], widths[0]))
-    return found
-
-
-def projections(attention):
-    """The linear layers of an attention that make queries, keys and values, by name."""
-    layers = {name.rsplit(".", 1)[-1]: layer for name, layer in attention.named_modules()
-              if isinstance(layer, nn.Linear)}
-    return {name: layer for name, layer in layers.items() if name in QKV}
-
-
 def adapt(slot, module, args, output):
     """A forward hook: what a sublayer adds to its block, changed by a slot's active adapters."""
     y = output[0] if isinstance(output, tuple) else output
@@ -119,7 +87,8 @@ class Cache:
     def next(self, n_rows, device):
         """The layout of the next token of every sample, (I, samples)."""
         place = torch.full((n_rows, self.samples), self.length + self.used, device=device)
-        return branches.Layout(place, torch.arange(1, self.samples + 1, device=device).expand_as(place))
+        branch = torch.arange(1, self.samples + 1, device=device).expand_as(place)
+        return branches.Layout(place, branch)
 
 
 def take(where, place):
@@ -129,21 +98,21 @@ def take(where, place):
 
 
 # ---------------------------------------------------------------- the model
-class HFModel(nn.Module):
+class HFModel(Adaptable):
     """A model of transformers (`hf`) with its processor, as base.py wants it."""
+    question_form = "{} Answer Yes or No."
+    soft_prompt_id = -1         # no token of the vocabulary is reserved
 
     def __init__(self, hf, processor, base):
         super().__init__()
-        self.hf, self.base, self.config = hf, base, hf.config
+        self.hf, self.config = hf, hf.config
         self.text_config = hf.config.get_text_config()
         self.seq_length = self.text_config.max_position_embeddings
         self.image_size = view_side(processor.image_processor, hf.config)
-        self.tokenizer = ChatTokenizer(processor.tokenizer, hf.config, hf.generation_config)
-        self.prompts = Prompts(processor, self.tokenizer, self.image_size)
-        self.tokenizer.end_with(self.prompts.end_of_answer())
-        self.caption_text = CAPTION_PROMPT
-        self.fingerprint, self.attached, self.loaded = None, {}, {}
-        self.soft_prompts = Slot()
+        tokenizer = ChatTokenizer(processor.tokenizer, hf.config, hf.generation_config)
+        self.start(base, tokenizer, CAPTION_PROMPT)
+        self.prompts = Prompts(processor, tokenizer, self.image_size)
+        tokenizer.end_with(self.prompts.end_of_answer())
         self.towers = {"vision": hf.get_encoder(modality="image"), "language": hf.get_decoder()}
         self.slots = nn.ModuleDict({name: slots_of(tower) for name, tower in self.towers.items()})
         self.packs = True           # whether branches can be held apart
@@ -152,7 +121,8 @@ class HFModel(nn.Module):
         branches.watch(self.towers["language"])
         vocab = hf.get_output_embeddings().weight.shape[0]
         never = self.tokenizer.reserved - self.tokenizer.ends
-        self.never = sorted(i for i in {*never, *range(len(self.tokenizer.fast), vocab)} if i < vocab)
+        never |= set(range(len(self.tokenizer.fast), vocab))
+        self.never = sorted(i for i in never if i < vocab)
 
     @classmethod
     def from_pretrained(cls, name, dtype=None, device="cpu", weights_too=True):
@@ -172,6 +142,9 @@ class HFModel(nn.Module):
         hf = hub.filled(name, config, dtype, device)
         model = cls(hf, processor, name)
         model.fingerprint = hub.fingerprint(hf)
+        if model.tokenizer.eos_id is None:
+            raise InputError(f"{name}: neither its template nor its tokenizer ends an answer; give "
+                             "another base")
         try_out(model, name)
         return model.eval()
 
@@ -195,19 +168,6 @@ class HFModel(nn.Module):
     def request(self, text):
         """Ids (list) of a user's text and of what stands between it and the answer."""
         return self.tokenizer.encode(text) + self.prompts.blank(1)["tail"].tolist()
-
-    def question(self, text):
-        """Ids (list) that follow the head, for a yes/no question."""
-        return self.request(QUESTION.format(text))
-
-    def caption_prompt(self, images):
-        """Ids (list) of the prompt for a caption, with the soft prompt's slots in its text's place.
-
-        images: from `look`, or how many views.
-        """
-        for soft_prompt in self.soft_prompts.active():
-            return self.head(images) + [SOFT] * len(soft_prompt.vectors) + self.request("")
-        return self.head(images) + self.request(self.caption_text)
 
     def answer(self, text):
         """Ids (list) of a text that the model writes, without an end token."""
@@ -238,12 +198,8 @@ class HFModel(nn.Module):
         return found
 
     @property
-    def device(self):
-        return self.hf.get_output_embeddings().weight.device
-
-    @property
-    def dtype(self):
-        return self.hf.get_output_embeddings().weight.dtype
+    def output_layer(self):
+        return self.hf.get_output_embeddings()
 
     @property
     def checkpointing(self):
@@ -303,7 +259,7 @@ class HFModel(nn.Module):
         length = ids.shape[1] + (past.get_seq_length() if past is not None else 0)
         if self.hf.base_model is self.hf:       # some models have none without an output layer
             more |= {"output_hidden_states": True, "logits_to_keep": 1}
-        slots = ids == SOFT
+        slots = ids == self.soft_prompt_id
         self.soft_slots = slots if bool(slots.any()) else None
         try:
             with branches.within(layout):
@@ -332,7 +288,7 @@ class HFModel(nn.Module):
         return hidden.flatten(0, 1)[:, None]
 
     def inputs_of(self, ids, images):
-        """What forward takes of the images -> {name: (B, L), a number per token}, {name: tensor}."""
+        """What forward takes of the images -> {name: (B, L), a number per token}, and the rest."""
         kinds, inputs = {}, {}
         for name in (images[0] if images else {}).keys() - {"head", "tail"}:
             parts = [look[name].to(ids.device) for look in images]
@@ -377,7 +333,7 @@ class HFModel(nn.Module):
 
     def logits(self, hidden):
         """Hidden states (..., D) -> logits (..., vocab), scaled and capped as the model does it."""
-        config, logits = self.text_config, self.hf.get_output_embeddings()(hidden)
+        config, logits = self.text_config, self.output_layer(hidden)
         logits = logits * (getattr(config, "logit_scale", None) or 1)
         logits = logits / (getattr(config, "logits_scaling", None) or 1)
         if cap := getattr(config, "final_logit_softcapping", None):
@@ -413,18 +369,27 @@ class HFModel(nn.Module):
 
 
 # ---------------------------------------------------------------- what it can do
-def check_towers(name, hf):
-    """InputError where adapters would not find a place in every block of both towers."""
-    vision, language = hf.get_encoder(modality="image"), hf.get_decoder()
-    n_layers = hf.config.get_text_config().num_hidden_layers
-    kind = hf.config.model_type
-    if vision is hf or vision is hf.base_model or not blocks(vision):
-        raise InputError(f"{name}: the vision tower of {kind} has no blocks with an attention and "
-                         "an MLP, behind which adapters stand")
-    if len(blocks(language)) != n_layers:
-        raise InputError(f"{name}: of the {n_layers} blocks of {kind}'s language model, "
-                         f"{len(blocks(language))} have one attention and one MLP; adapters need "
-                         "all")
+class Silence(nn.Module):
+    """An adapter that leaves nothing of what a sublayer says."""
+
+    def forward(self, x):
+        return torch.zeros_like(x)
+
+
+def drop_unused(model, ids, look, logits):
+    """Forget the slots of the last vision blocks where nothing reads them, as in LLaVA: adapters
+    there would have no gradient."""
+    while len(model.slots["vision"]) > 1:
+        last = model.slots["vision"][-1]
+        for slot in (last["attn_slot"], last["mlp_slot"]):
+            slot["silence"], slot.stack = Silence(), ("silence",)
+        is_read = not torch.equal(model(ids, [look]).float(), logits)
+        for slot in (last["attn_slot"], last["mlp_slot"]):
+            slot.stack = ()
+            del slot["silence"]
+        if is_read:
+            return
+        del model.slots["vision"][-1]
 
 
 @torch.no_grad()
@@ -447,6 +412,7 @@ def try_out(model, name):
     if (ours - plain).abs().max() > near:
         raise InputError(f"{name}: {kind} does not give here what it gives by itself; give another "
                          "base")
+    drop_unused(model, ids, look, ours)
     if (behind[:, :n] - ours).abs().max() > near:
         raise InputError(f"{name}: in a prompt of {kind} tokens see later ones, so that "
                          "continuations cannot share it; give another base")

@@ -26,12 +26,11 @@ from torch import nn
 from chunking import normalise, square
 from plumbing import weights
 from plumbing.cache import Cache, causal_attention
-from plumbing.parts import LOGITS_AT_ONCE, Slot, call, log_probabilities
+from plumbing.parts import LOGITS_AT_ONCE, Adaptable, Slot, call, log_probabilities
 from plumbing.positions import batch_alpha, layout, resize_table, sincos_table
 from plumbing.tokenizer import Tokenizer
 
 CAPTION_PROMPT = "Generate the caption in English:"     # Qwen-VL's own, for captions without boxes
-QUESTION = "{} Answer:"                                 # its own for questions
 
 
 # ---------------------------------------------------------------- configuration
@@ -279,12 +278,13 @@ def language_block(c):
 
 
 # ---------------------------------------------------------------- the whole model
-class QwenVL(nn.Module):
-    """`.config`, `.tokenizer` (None without a checkpoint), `.base` (Hub name or folder)."""
+class QwenVL(Adaptable):
+    """A base as base.py describes it; tokenizer and base are None without a checkpoint."""
+    question_form = "{} Answer:"
 
     def __init__(self, config, tokenizer=None, base=None):
         super().__init__()
-        c, self.config, self.tokenizer, self.base = config, config, tokenizer, base
+        c = self.config = config
         vectors = random_parameter(c.vocab_size, c.hidden_size, std=0.02)
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(c.vocab_size, c.hidden_size, _weight=vectors),
@@ -292,13 +292,8 @@ class QwenVL(nn.Module):
             ln_f=RMSNorm(c.hidden_size, c.layer_norm_epsilon),
             visual=VisionTransformer(c.visual)))
         self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
-        self.seq_length, self.image_size = c.seq_length, c.visual.image_size
-        self.caption_text = CAPTION_PROMPT      # what is asked for where there is no soft prompt
         self.checkpointing = False       # recompute the blocks of both towers in backward
-        self.fingerprint = None          # of the checkpoint's tensors: adapters know their base
-        self.attached = {}               # name of adapters -> how adapters.py attached them
-        self.loaded = {}                 # name of adapters -> hash of the folder they came from
-        self.soft_prompts = Slot()       # by the name of their adapters; at most one is active
+        self.start(base, tokenizer, CAPTION_PROMPT)
 
     @classmethod
     def from_pretrained(cls, name_or_dir, dtype=None, device="cpu", weights_too=True):
@@ -335,20 +330,13 @@ class QwenVL(nn.Module):
         """Token ids (list) of what a user asks, in which special tokens are plain text."""
         return self.tokenizer.encode(text)
 
-    def question(self, text):
-        """Token ids (list) that follow the image spans, for a yes/no question."""
-        return self.request(QUESTION.format(text))
-
     def answer(self, text):
         """Token ids (list) of what the model writes. Its first token carries the leading space."""
         return self.tokenizer.encode(text if text.startswith(" ") else " " + text)
 
-    def caption_prompt(self, images):
-        """Token ids (list): the image spans, then the slots of the active soft prompt or the text.
-        """
-        for soft_prompt in self.soft_prompts.active():
-            return self.head(images) + [self.tokenizer.soft_prompt_id] * len(soft_prompt.vectors)
-        return self.head(images) + self.request(self.caption_text)
+    @property
+    def soft_prompt_id(self):
+        return self.tokenizer.soft_prompt_id
 
     # ---- what adapters.py and generate.py ask for
     def places(self, tower, kind="adapter"):
@@ -369,12 +357,16 @@ class QwenVL(nn.Module):
         return Cache(len(self.transformer.h), samples, room)
 
     @property
-    def device(self):
-        return self.lm_head.weight.device
+    def output_layer(self):
+        return self.lm_head
 
     @property
-    def dtype(self):
-        return self.lm_head.weight.dtype
+    def seq_length(self):
+        return self.config.seq_length
+
+    @property
+    def image_size(self):
+        return self.config.visual.image_size
 
     @property
     def cache_bytes(self):

@@ -46,7 +46,8 @@ def mask_of(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_funct
     """transformers' mask interface: (B, 1, queries, keys) bool, True where a query sees a key."""
     if not current or current[-1] is None:
         return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length,
-                         q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function, **rest)
+                         q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function,
+                         **rest)
     place, branch = current[-1].place, current[-1].branch
     queries, keys = (slice(start, start + n)
                      for start, n in ((q_offset, q_length), (kv_offset, kv_length)))

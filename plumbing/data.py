@@ -125,13 +125,18 @@ def read_questions(path):
     return need_rows(path, rows, bad)
 
 
-def read_settings(folder):
-    """The settings.json that golden.py left in a folder, {} where there is none."""
+def made_by(golden, base, views, caption_prompt):
+    """(base, views, caption prompt) of the bare base that made a file of golden rows, as golden.py
+    noted them beside it; what is given here goes before. InputError where no base is known."""
     try:
-        settings = json.loads((Path(folder) / "settings.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return settings if isinstance(settings, dict) else {}
+        made = json.loads((Path(golden).parent / "settings.json").read_text("utf-8"))["sample"]
+    except (OSError, ValueError, LookupError, TypeError):
+        made = {}
+    if not (base or made.get("base")):
+        raise InputError(f"--init none: no settings.json beside {golden} names the base that made "
+                         "its rows; give --base")
+    return (base or made["base"], views or made.get("views"),
+            caption_prompt or made.get("caption_prompt"))
 
 
 def is_there(image):
@@ -348,6 +353,13 @@ def together(views):
     """What a base's `look` gave for several images -> the images of a batch: one tensor of all
     their views where they are tensors, else the list."""
     return torch.cat(list(views)) if isinstance(views[0], torch.Tensor) else list(views)
+
+
+def padded(examples, key, fill, device):
+    """A list of each example, padded on the right -> (B, longest) int64."""
+    longest = max(len(example[key]) for example in examples)
+    rows = [example[key] + [fill] * (longest - len(example[key])) for example in examples]
+    return torch.tensor(rows, device=device)
 
 
 def count_targets(examples):

@@ -25,7 +25,7 @@ def one_line(error):
 
 
 def read_config(name):
-    """A base's configuration. InputError for one that is not an image-text model of transformers."""
+    """A base's configuration. InputError for one that is no image-text model of transformers."""
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:          # transformers and the Hub client share no error class

@@ -1,5 +1,5 @@
-"""What both kinds of base are made of: slots for adapters, and log-probabilities that do not hold
-all logits at once."""
+"""What both kinds of base have in common: slots for adapters, prompts made of their parts, and
+log-probabilities that do not hold all logits at once."""
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,6 +19,42 @@ class Slot(nn.ModuleDict):
     def active(self):
         """The modules that are switched on, in that order."""
         return [self[name] for name in self.stack]
+
+
+class Adaptable(nn.Module):
+    """The state of a base's adapters, and its prompts, of which a base gives the parts.
+
+    soft_prompt_id is the id of the soft prompt's slots, question_form the base's own question.
+    """
+    soft_prompt_id, question_form = None, None
+
+    def start(self, base, tokenizer, caption_text):
+        """Without adapters. base: Hub name or folder."""
+        self.base, self.tokenizer, self.caption_text = base, tokenizer, caption_text
+        self.fingerprint = None          # of the checkpoint's tensors: adapters know their base
+        self.attached = {}               # name of adapters -> how adapters.py attached them
+        self.loaded = {}                 # name of adapters -> hash of the folder they came from
+        self.soft_prompts = Slot()       # by the name of their adapters; at most one is active
+
+    def question(self, text):
+        """Ids (list) of the request for a yes or no."""
+        return self.request(self.question_form.format(text))
+
+    def caption_prompt(self, images):
+        """Ids (list) of head and request for a caption, the soft prompt's slots in its text's
+        place."""
+        for soft_prompt in self.soft_prompts.active():
+            slots = [self.soft_prompt_id] * len(soft_prompt.vectors)
+            return self.head(images) + slots + self.request("")
+        return self.head(images) + self.request(self.caption_text)
+
+    @property
+    def device(self):
+        return self.output_layer.weight.device
+
+    @property
+    def dtype(self):
+        return self.output_layer.weight.dtype
 
 
 def call(block, *args, checkpointing):

@@ -337,3 +337,14 @@ def score_golden(rows, truth, bootstrap=0, seed=0):
     in_golden = sum(row.get("chosen") is not None and "left_out" not in row for row in rows)
     scores["golden"]["left_out"] = len(rows) - in_golden
     return {**scores, "gate": gate(rows, truth)}
+
+
+def habits(captions):
+    """Mean length of caption rows, share with an end token, and share that repeats a statement."""
+    if not captions:
+        return {}
+    n = len(captions)
+    statements = [[s for s in map(str.strip, row["caption"].split(",")) if s] for row in captions]
+    return {"length": sum(row["tokens"] for row in captions) / n,
+            "eos": sum(row["finish"] == "eos" for row in captions) / n,
+            "repeat": sum(len(set(parts)) < len(parts) for parts in statements) / n}

@@ -179,7 +179,8 @@ class ChatTokenizer:
     def encode(self, text, special=False):
         """Text -> list of ids. A special token spelled out in it is plain text, unless special."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids = self.fast(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
+        ids = self.fast(text, add_special_tokens=False,
+                        split_special_tokens=not special)["input_ids"]
         if special or not self.reserved.intersection(ids):
             return ids
         # a placeholder that its tokenizer does not count as special: written in two halves

@@ -4,6 +4,7 @@ The weights may be one safetensors file, several with an index, or `.bin` files 
 weights_only).
 """
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -235,6 +236,13 @@ def free_bytes(device):
     except (OSError, ValueError, TypeError):
         return free
     return min(free, limit - used + cached)             # the file cache is released when needed
+
+
+def release_memory(device):
+    """Free the model of the pass before: the next one may need the whole card."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def check_fits(model, name, dtype, device):

@@ -18,7 +18,6 @@ with one another, by one judge; for figures to set beside the published ones, gi
 CAPEval's code. The shorthand tool only looks whether the words of an item are in the caption.
 """
 import argparse
-import json
 import re
 import sys
 from collections import Counter

@@ -4,6 +4,7 @@
 #
 #     IMAGES=photos MORE=more-photos TEST=test-photos bash runs/no_data.sh
 #
+# Paths are relative to the root of the repository.
 # The same command resumes: what is there is skipped, and every stage continues where it was
 # stopped. To do a step again, delete what it wrote and what came of it.
 #
@@ -11,7 +12,7 @@
 # an RTX 3090 at half of its 71 TFLOP/s in bf16; Qwen3-VL-4B (4.4 billion parameters, 8.9 GB as
 # bf16) with six views of 196 tokens, so 12 TFLOP for an image (ViT 3, language model 9), three
 # times that to train both towers with recomputed blocks; 2,500 images in each of IMAGES and MORE, 8
-# captions each; a tool LLM of 7 billion parameters at 500 tokens/s in batches of 16. In all 22
+# captions each; a tool LLM of 7 billion parameters at 500 tokens/s in batches of 16. In all 23
 # hours and 30 GB of disk (estimated) besides the images. Most of the time is the tool LLM, and a
 # server (TOOL=http://localhost:8000/v1, TOOL_FLAGS="--tool-model NAME") answers several times
 # faster.
@@ -35,7 +36,7 @@ TOOL_FLAGS="--tool $TOOL --tool-cache $OUT/tool-cache $TOOL_FLAGS"
 mkdir -p "$OUT"
 
 # ---- round one: golden captions by the bare base. index.html, the page to look at, is last.
-# disk 9 GB for the base, 15 GB for the tool LLM; memory 18 GB; sampling 1, combining 7, verifying
+# disk 9 GB for the base, 15 GB for the tool LLM; memory 18 GB; sampling 1.5, combining 7, verifying
 # .5, composing 1 hours (estimated)
 [ -f "$OUT/golden/index.html" ] ||
     python golden.py --images "$IMAGES" --captioner none --qa none --base "$BASE" \
@@ -48,7 +49,7 @@ mkdir -p "$OUT"
         $DPO_FLAGS
 
 # ---- round two: the new captioner; the bare base is still the judge
-# disk 2 GB; memory 18 GB; 9.5 and 1.5 hours (estimated)
+# disk 2 GB; memory 18 GB; 10 and 1.5 hours (estimated)
 [ -f "$OUT/golden-2/index.html" ] ||
     python golden.py --images "$MORE" --captioner "$OUT/dpo" --qa none --out "$OUT/golden-2" \
         $TOOL_FLAGS $GOLDEN_FLAGS

@@ -76,7 +76,7 @@ def naturalbench(folder):
     Question_0, Question_1, Image_0_Question_0 … Those of the type "yes_no" are taken, four to a
     row. Images are decoded by nobody here: their bytes become files.
     """
-    import pyarrow.parquet      # here, since only this data set needs it
+    import pyarrow.parquet  # here, since only this data set needs it
 
     files = sorted(folder.rglob("*.parquet"))
     if not files:

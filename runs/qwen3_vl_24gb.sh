@@ -5,6 +5,7 @@
 #
 #     bash runs/qwen3_vl_24gb.sh
 #
+# Paths are relative to the root of the repository.
 # The same command resumes: what is there is skipped, and every stage continues where it was
 # stopped. To do a step again, delete what it wrote and what came of it.
 #
@@ -12,7 +13,7 @@
 # an RTX 3090 at half of its 71 TFLOP/s in bf16; Qwen3-VL-4B (4.4 billion parameters, 8.9 GB as
 # bf16) with six views of 196 tokens, so 12 TFLOP for an image (ViT 3, language model 9), three
 # times that to train both towers with recomputed blocks; 8 samples of 2,500 images a round; a tool
-# LLM of 7 billion parameters at 500 tokens/s in batches of 16. In all two days and 65 GB of disk
+# LLM of 7 billion parameters at 500 tokens/s in batches of 16. In all two days and 60 GB of disk
 # (estimated). Almost half of the time is the tool LLM, and a server
 # (TOOL=http://localhost:8000/v1, TOOL_FLAGS="--tool-model NAME") answers several times faster.
 #
@@ -33,12 +34,13 @@ QA_IMAGES=${QA_IMAGES:-1000}            # captions of DOCCI that become question
 TOOL=${TOOL:-hf:Qwen/Qwen2.5-7B-Instruct}
 TOOL_FLAGS=${TOOL_FLAGS:---tool-batch 16}
 JUDGE=${JUDGE:-$TOOL}                   # of CAPEval; the published figures are by Qwen2.5-72B
+JUDGE_FLAGS=${JUDGE_FLAGS:-$TOOL_FLAGS}
 SFT_FLAGS=${SFT_FLAGS:-}                # further flags of each stage; words are split at blanks
 QA_FLAGS=${QA_FLAGS:---epochs 1}
 GOLDEN_FLAGS=${GOLDEN_FLAGS:-}
 DPO_FLAGS=${DPO_FLAGS:-}
 CAPTION_FLAGS=${CAPTION_FLAGS:-}
-JUDGE_FLAGS="--tool $JUDGE --tool-cache $OUT/tool-cache $TOOL_FLAGS"
+JUDGE_FLAGS="--tool $JUDGE --tool-cache $OUT/tool-cache $JUDGE_FLAGS"
 TOOL_FLAGS="--tool $TOOL --tool-cache $OUT/tool-cache $TOOL_FLAGS"
 mkdir -p "$DATA" "$OUT"
 
@@ -94,7 +96,8 @@ MORE=${MORE:-$DATA/unlabelled/odd}
 
 # ---- CAPEval: captions of its images, and what a judge that sees only them makes of its checklist.
 # The submission can be given to CAPEval's own code, for figures next to the published ones.
-# memory 14 GB, then 18 GB; 10 minutes of captions, 15 of the judge, at each call (estimated)
+# memory 14 GB, then 18 GB; 10 minutes of captions (base: half an hour, up to 16,000 tokens an
+# image), 15 of the judge, at each call (estimated)
 capeval() {     # capeval NAME FLAG…: the flags say to caption.py which captioner it is
     [ -f "$OUT/capeval-$1.jsonl" ] || {
         python caption.py "$DATA/capeval/image" "${@:2}" --jsonl $CAPTION_FLAGS \
@@ -150,7 +153,7 @@ capeval sft --adapters "$OUT/sft"
 }
 
 # ---- golden captions. index.html, the page to look at, is written last.
-# disk 1 GB; memory 18 GB, captioner and tool LLM one after the other; sampling 1, combining 7,
+# disk 1 GB; memory 18 GB, captioner and tool LLM one after the other; sampling 1.5, combining 7,
 # verifying .5, composing 1 hours (estimated)
 [ -f "$OUT/golden/index.html" ] ||
     python golden.py --images "$IMAGES" --captioner "$OUT/sft" --qa "$OUT/qa" \
@@ -163,7 +166,7 @@ capeval sft --adapters "$OUT/sft"
 capeval dpo --adapters "$OUT/dpo"
 
 # ---- round two: the same steps from the new captioner
-# disk 5 GB; memory as before; 5, 9.5 and 1.5 hours (estimated)
+# disk 5 GB; memory as before; 5, 10 and 1.5 hours (estimated)
 [ -f "$OUT/qa-2/adapters.json" ] ||
     python qa_adapter.py --init "$OUT/dpo" --out "$OUT/qa-2" --data "$OUT/questions.jsonl" \
         $QA_FLAGS

@@ -3,6 +3,7 @@
 #
 #     IMAGES=photos MORE=more-photos TEST=test-photos bash runs/source.sh
 #
+# Paths are relative to the root of the repository.
 # The same command resumes: what is there is skipped, and every stage continues where it was
 # stopped. To do a step again, delete what it wrote and what came of it.
 #

@@ -61,7 +61,9 @@ cp -r "$RELEASED/gpt4v" "$2"
 
 def command(folder, name, text):
     path = folder / name
-    path.write_text(f'#!/usr/bin/env bash\nset -euo pipefail\necho "{name} $*" >> "$RELEASED/log"\n{text}')
+    path.write_text(
+        f'#!/usr/bin/env bash\nset -euo pipefail\necho "{name} $*" >> "$RELEASED/log"\n{text}'
+    )
     path.chmod(0o755)
 
 
@@ -78,17 +80,29 @@ def desk(tmp_path):
 def run(desk, script, path=None, **variables):
     """A script with these variables -> its exit code; what it prints is shown if the test fails."""
     path = path or f"{desk}/commands:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    more = {"RELEASED": desk / "released", "DATA": desk / "data", "OUT": desk / "out", "HF_HUB_OFFLINE": "1"}
+    more = {
+        "RELEASED": desk / "released",
+        "DATA": desk / "data",
+        "OUT": desk / "out",
+        "HF_HUB_OFFLINE": "1",
+    }
     env = {**os.environ, **TOY, "OMP_NUM_THREADS": "1", "PATH": path}
     env |= {name: str(value) for name, value in {**more, **variables}.items()}
-    done = subprocess.run(["bash", ROOT / "runs" / script], env=env, capture_output=True, text=True, cwd=desk)
+    done = subprocess.run(
+        ["bash", ROOT / "runs" / script], env=env, capture_output=True, text=True, cwd=desk
+    )
     print(done.stdout, done.stderr)
     return done.returncode
 
 
 def written(desk):
     """{file: time of its last change} of everything that a script wrote."""
-    return {p: p.stat().st_mtime_ns for top in ("data", "out") for p in (desk / top).rglob("*") if p.is_file()}
+    return {
+        p: p.stat().st_mtime_ns
+        for top in ("data", "out")
+        for p in (desk / top).rglob("*")
+        if p.is_file()
+    }
 
 
 def assert_done(desk, script, **variables):
@@ -152,7 +166,14 @@ def release_vsr(released, n=6):
         name = f"{k:012d}.jpg"
         draw(released / "files" / name, 50 + k)
         link = f"http://images.cocodataset.org/{('train2017', 'val2017')[k % 2]}/{name}"
-        rows.append({"image": name, "image_link": link, "caption": "The ring is left of the disc.", "label": k % 2})
+        rows.append(
+            {
+                "image": name,
+                "image_link": link,
+                "caption": "The ring is left of the disc.",
+                "label": k % 2,
+            }
+        )
     (released / "vsr_random").mkdir()
     write_rows(released / "vsr_random/train.jsonl", rows)
 
@@ -171,15 +192,26 @@ def release_naturalbench(folder, kind="Question_Type", n=3):
         rows.append(row)
     (folder / "data").mkdir(parents=True)
     for k, part in enumerate((rows[:2], rows[2:])):
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(part), folder / f"data/train-{k:05d}-of-00002.parquet")
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist(part), folder / f"data/train-{k:05d}-of-00002.parquet"
+        )
 
 
 def release_capeval(folder):
     rows = []
     for k, name in enumerate(("SO001.jpg", "TI002.png")):
         facts = draw(folder / "image" / name, 90 + k)
-        items = [{"Tags": "object", "Question": f"Does the caption mention a {fact}?"} for fact in facts]
-        rows.append({"id": name[:5], "img_path": name, "instance_checklist": items[:1], "text_checklist": items[1:]})
+        items = [
+            {"Tags": "object", "Question": f"Does the caption mention a {fact}?"} for fact in facts
+        ]
+        rows.append(
+            {
+                "id": name[:5],
+                "img_path": name,
+                "instance_checklist": items[:1],
+                "text_checklist": items[1:],
+            }
+        )
     write_rows(folder / "checklist.jsonl", rows)
 
 
@@ -214,7 +246,9 @@ def test_source(desk):
         assert (desk / "out" / folder / "adapters.safetensors").is_file()
     parent = json.loads((desk / "out/dpo-2/adapters.json").read_text())["parent"]
     assert Path(parent).name == "dpo"
-    assert captions_of(desk / "out/captions.jsonl", 8) and captions_of(desk / "out/qa-captions.jsonl", 6)
+    assert captions_of(desk / "out/captions.jsonl", 8) and captions_of(
+        desk / "out/qa-captions.jsonl", 6
+    )
     assert "image shows" not in (desk / "out/captions.jsonl").read_text()
     for stage in ("sft", "dpo", "dpo-2"):
         assert captions_of(desk / f"out/test-{stage}.jsonl", 2)
@@ -237,8 +271,12 @@ def test_qwen3_vl_24gb(desk):
     assert len(questions) == len(read_rows(desk / "out/docci-questions.jsonl")) + 6
     assert all((desk / "out" / row["image"]).is_file() for row in questions)
     for k, numbers in ((1, "02468"), (2, "13579")):
-        rows = read_rows(desk / ("out/golden/record.jsonl" if k == 1 else "out/golden-2/record.jsonl"))
-        assert len(rows) == 4 and all(row["image"][-5] in numbers and "test_" in row["image"] for row in rows)
+        rows = read_rows(
+            desk / ("out/golden/record.jsonl" if k == 1 else "out/golden-2/record.jsonl")
+        )
+        assert len(rows) == 4 and all(
+            row["image"][-5] in numbers and "test_" in row["image"] for row in rows
+        )
         assert "12 questions" in (desk / f"out/naturalbench-{k}.txt").read_text()
     for stage in ("base", "sft", "dpo", "dpo-2"):
         assert captions_of(desk / f"out/capeval-{stage}.jsonl", 2)
@@ -280,9 +318,14 @@ def prepared(desk, name, folder):
 def test_docci_gives_its_training_captions(desk):
     draw(desk / "docci/images/train_00000.jpg", 0)
     draw(desk / "docci/images/test_00000.jpg", 1)
-    rows = [{"split": s, "image_file": f"{s}_0000{k}.jpg", "description": "a\n b "} for s, k in (("train", 0), ("train", 1), ("test", 0))]
+    rows = [
+        {"split": s, "image_file": f"{s}_0000{k}.jpg", "description": "a\n b "}
+        for s, k in (("train", 0), ("train", 1), ("test", 0))
+    ]
     write_rows(desk / "docci/docci_descriptions.jsonlines", rows)
-    assert prepared(desk, "docci", desk / "docci") == [{"image": "../docci/images/train_00000.jpg", "caption": "a b"}]
+    assert prepared(desk, "docci", desk / "docci") == [
+        {"image": "../docci/images/train_00000.jpg", "caption": "a b"}
+    ]
 
 
 @pytest.mark.parametrize(
@@ -331,10 +374,18 @@ def test_coverage_and_precision():
 
 def test_answers_of_the_judge_are_read_by_number():
     question = {"caption": "red ring", "items": ["a?", "b?", "c?"]}
-    value = {"answers": [{"item": 3, "answer": "Not mentioned"}, {"item": 1, "answer": "yes"}, {"item": 2, "answer": "no"}]}
+    value = {
+        "answers": [
+            {"item": 3, "answer": "Not mentioned"},
+            {"item": 1, "answer": "yes"},
+            {"item": 2, "answer": "no"},
+        ]
+    }
     assert capeval.read_judge(value, question) == ["yes", "no", "not_mentioned"]
     with pytest.raises(Unreadable) as error:
-        capeval.read_judge({"answers": value["answers"][:2] + [{"item": 9, "answer": "no"}]}, question)
+        capeval.read_judge(
+            {"answers": [*value["answers"][:2], {"item": 9, "answer": "no"}]}, question
+        )
     assert error.value.partial == ["yes", None, "not_mentioned"] and "item 2" in str(error.value)
 
 
@@ -347,18 +398,46 @@ def test_the_judge_sees_the_caption_as_data_and_every_item():
 def test_more_items_than_a_prompt_holds(tmp_path, capsys):
     items = [{"Question": f"Does the caption mention a ring{k}?"} for k in range(60)]
     random.Random(0).shuffle(items)
-    write_rows(tmp_path / "checklist.jsonl", [{"img_path": "PA001.jpg", "x_checklist": items, "y_checklist": None}, {"img_path": "XX.png"}])
+    write_rows(
+        tmp_path / "checklist.jsonl",
+        [
+            {"img_path": "PA001.jpg", "x_checklist": items, "y_checklist": None},
+            {"img_path": "XX.png"},
+        ],
+    )
     caption = ", ".join(f"ring{k}" for k in range(15))
-    write_rows(tmp_path / "captions.jsonl", [{"image": "some/PA001.jpg", "caption": caption}, {"image": "b.png", "error": "x"}])
-    assert capeval.main([str(tmp_path / "captions.jsonl"), str(tmp_path / "checklist.jsonl"), "--json", str(tmp_path / "f.json")]) == 0
+    write_rows(
+        tmp_path / "captions.jsonl",
+        [{"image": "some/PA001.jpg", "caption": caption}, {"image": "b.png", "error": "x"}],
+    )
+    assert (
+        capeval.main(
+            [
+                str(tmp_path / "captions.jsonl"),
+                str(tmp_path / "checklist.jsonl"),
+                "--json",
+                str(tmp_path / "f.json"),
+            ]
+        )
+        == 0
+    )
     assert "1 of 2 images" in capsys.readouterr().out
     result = json.loads((tmp_path / "f.json").read_text())
-    assert result["figures"]["all"] == {"items": 60, "unanswered": 0, "C": 25.0, "P": 100.0} == result["figures"]["People & Activity"]
-    assert [item for item, _ in result["answers"]["PA001.jpg"]] == [entry["Question"] for entry in items]
+    assert (
+        result["figures"]["all"]
+        == {"items": 60, "unanswered": 0, "C": 25.0, "P": 100.0}
+        == result["figures"]["People & Activity"]
+    )
+    assert [item for item, _ in result["answers"]["PA001.jpg"]] == [
+        entry["Question"] for entry in items
+    ]
 
 
 def test_captions_of_other_images_are_refused(tmp_path, capsys):
-    write_rows(tmp_path / "checklist.jsonl", [{"img_path": "PA001.jpg", "x_checklist": [{"Question": "a ring?"}]}])
+    write_rows(
+        tmp_path / "checklist.jsonl",
+        [{"img_path": "PA001.jpg", "x_checklist": [{"Question": "a ring?"}]}],
+    )
     write_rows(tmp_path / "captions.jsonl", [{"image": "b.png", "caption": "ring"}])
     assert capeval.main([str(tmp_path / "captions.jsonl"), str(tmp_path / "checklist.jsonl")]) == 1
     assert capsys.readouterr().err.count("\n") == 1

@@ -13,7 +13,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from hf_model import CAPTION_PROMPT, QUESTION
+from hf_model import CAPTION_PROMPT, HFModel
 from plumbing.tokenizer import byte_pair_encoder
 from toy_world import world
 
@@ -36,8 +36,9 @@ def tokenizer():
     """All bytes, then each word of the world's texts as one token, then the special tokens."""
     names = " ".join([*world.BACKGROUNDS, *world.PLACES, *world.COLORS, *world.SHAPES,
                       *world.MARKS])
-    texts = [CAPTION_PROMPT, world.CAPTION_PROMPT, QUESTION, world.ask("it"), "user assistant",
-             "assistant", "Is", " Yes No yes no", "Yes", "No", "yes", "no", "background close-up top bottom center",
+    texts = [CAPTION_PROMPT, world.CAPTION_PROMPT, HFModel.question_form, world.ask("it"),
+             "user assistant", "assistant", "Is", " Yes No yes no", "Yes", "No", "yes", "no",
+             "background close-up top bottom center",
              f" {names} center close-up background plain empty"]
     words = [word for text in texts for word in re.findall(r"[^A-Za-z]?[A-Za-z]+", text)]
     tokens = [bytes([byte]) for byte in range(256)]
