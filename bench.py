@@ -17,9 +17,9 @@ beforehand. Memory is the peak above the loaded model.
 
 trl         forward and backward of a pair, with gradient checkpointing: captions of 60 tokens
             packed | as two rows | by TRL's DPOTrainer with loss_type ["sigmoid", "sft"]. It trains
-            LoRA in the places and of the size of our adapters, and runs the reference in every
-            step, since it caches none for images. Here that is done once per caption, and timed
-            apart.
+            LoRA of the size of our adapters: all-linear, as in TRL's example for vision models, or
+            only where our adapters stand. It runs the reference in every step, since it caches
+            none for images. Here that is done once for each caption, and timed apart.
 generate    8 captions of 64 tokens on one prefix | by model.generate(num_return_sequences=8)
 """
 import argparse
@@ -270,7 +270,7 @@ def show(n_tokens, figures):
         facts = [f"{row['tokens']} tokens"]
         facts += [f"{row['trained'] / 1e6:.2f} M trained, first loss {row['loss']:.4f}"
                   ] if "loss" in row else []
-        print(f"  {name:14} {parts:>36}   + {row['megabytes']:5.0f} MB   {', '.join(facts)}")
+        print(f"  {name:15} {parts:>36}   + {row['megabytes']:5.0f} MB   {', '.join(facts)}")
     for name, row in list(figures.items())[1:]:
         times = "   ".join(f"{key} {x:5.2f}" for key, x in ratios(ours, row).items())
         print(f"  {name} / {next(iter(figures))}: {times}", flush=True)
@@ -297,7 +297,9 @@ def against(args, argv):
     contestants = {
         "trl": {"packed": (functools.partial(train_pair, 1), both),
                 "two rows": (functools.partial(train_pair, 2), both),
-                "trl": (peers.train_trl, ("step",))},
+                "trl": (functools.partial(peers.train_trl, peers.ALL_LINEAR), ("step",)),
+                "trl, our places": (functools.partial(peers.train_trl, peers.AS_ADAPTERS),
+                                    ("step",))},
         "generate": {"one prefix": (caption, ("captions",)),
                      "generate": (peers.generate, ("captions",))}}[args.against]
     figures = {}

@@ -204,14 +204,14 @@ class HFModel(Adaptable):
     @property
     def checkpointing(self):
         """Whether blocks are recomputed in backward, not kept."""
-        return self.hf.is_gradient_checkpointing
+        return self.hf.is_activation_checkpointing
 
     @checkpointing.setter
     def checkpointing(self, wanted):
         if wanted:
-            self.hf.gradient_checkpointing_enable({"use_reentrant": False})
+            self.hf.activation_checkpointing_enable({"use_reentrant": False})
         else:
-            self.hf.gradient_checkpointing_disable()
+            self.hf.activation_checkpointing_disable()
 
     def cache(self, samples, room):
         """For forward: the cache of `samples` continuations of each prefix, of up to `room`."""
@@ -377,8 +377,8 @@ class Silence(nn.Module):
 
 
 def drop_unused(model, ids, look, logits):
-    """Forget the slots of the last vision blocks where nothing reads them, as in LLaVA: adapters
-    there would have no gradient."""
+    """Forget the slots of the last vision blocks where no later layer reads them: adapters there
+    would have no gradient."""
     while len(model.slots["vision"]) > 1:
         last = model.slots["vision"][-1]
         for slot in (last["attn_slot"], last["mlp_slot"]):

@@ -6,6 +6,8 @@ WRITES  out/toy: data, a folder per stage, commands.jsonl, results.json, sheet.p
 
     python toy.py                               # SFT and two rounds
     python toy.py --rounds 3 --processes 2      # three rounds, each stage under torchrun
+    python toy.py --base assets/toy-qwen3-vl    # on a Qwen3-VL of transformers, which errs more
+    python toy.py --base assets/toy-qwen3-vl --no-data      # from images alone
     python toy.py claims --only rounds          # test what the source claims, with several seeds
     python toy.py pretrain                      # train the base in assets/toy
     python toy.py report --base assets/toy      # what that base sees and invents on unseen scenes
@@ -37,6 +39,8 @@ def parse_args(argv):
     parser.add_argument("--out", type=Path, default=Path("out/toy"), help="folder of the run")
     parser.add_argument("--base", type=Path, default=Path(os.path.relpath(CODE / "assets/toy")),
                         help="folder of the toy base")
+    parser.add_argument("--no-data", action="store_true", help="start from the bare base, which "
+                        "asks itself, without captions and questions to learn from")
     parser.add_argument("--rounds", type=int, default=2,
                         help="rounds of QA adapter, golden samples and DPO")
     parser.add_argument("--captions", type=int, default=3000,
@@ -107,27 +111,34 @@ def check_same(out, args, *names):
 
 
 def loop(args):
-    """SFT and rounds of QA adapter, golden samples and preference training. Each captioner is
-    evaluated."""
+    """SFT and rounds of QA adapter, golden samples and preference training; with --no-data the
+    rounds alone. Each captioner is evaluated."""
     out, seed = args.out, ("--seed", args.seed)
-    check_same(out, args, "base", "captions", "images", "held_out", "samples", "seed")
+    check_same(out, args, "base", "no_data", "captions", "images", "held_out", "samples", "seed")
     run = Loop(out, args.processes)
-    run.progress(f"drawing scenes: {args.captions} with captions, {args.images} without for each "
-                 f"of {args.rounds} rounds, {args.held_out} for evaluation")
-    train, _ = make_split(out, "train", args.captions, args.seed, ("captions", "questions"))
+    with_captions = f"{args.captions} with captions, " if not args.no_data else ""
+    run.progress(f"drawing scenes: {with_captions}{args.images} without for each of {args.rounds} "
+                 f"rounds, {args.held_out} for evaluation")
     held_out, truth = make_split(out, "held-out", args.held_out, args.seed, ())
     results = {"base": run.judge("base", held_out, truth, "--base", args.base,
                                  "--adapters", "none", seed=args.seed)}
-    captioner = out / "sft"
-    run.sft(args.base, train, captioner, *seed)
-    results["sft"] = run.judge("sft", held_out, truth, "--adapters", captioner, seed=args.seed)
+    captioner, train = None, None
+    if not args.no_data:
+        train, _ = make_split(out, "train", args.captions, args.seed, ("captions", "questions"))
+        captioner = out / "sft"
+        run.sft(args.base, train, captioner, *seed)
+        results["sft"] = run.judge("sft", held_out, truth, "--adapters", captioner, seed=args.seed)
     for k in range(1, args.rounds + 1):
         images, golden_truth = make_split(out, f"images-{k}", args.images, args.seed, ())
-        qa, golden, trained = (out / f"{name}-{k}" for name in ("qa", "golden", "dpo"))
-        run.qa(captioner, train, qa, *seed)
-        run.golden(captioner, qa, images, golden, "--samples", args.samples, *seed)
+        golden, trained = (out / f"{name}-{k}" for name in ("golden", "dpo"))
+        qa = None if args.no_data else out / f"qa-{k}"
+        if qa:
+            run.qa(captioner, train, qa, *seed)
+        bare = () if captioner else ("--base", args.base)
+        run.golden(captioner or "none", qa or "none", images, golden, *bare,
+                   "--samples", args.samples, *seed)
         results[f"golden{k}"] = run.judge_golden(f"golden-{k}", golden, golden_truth)
-        run.dpo(captioner, golden, trained, *(LATER if k > 1 else ()), *seed)
+        run.dpo(captioner or "none", golden, trained, *bare, *(LATER if k > 1 else ()), *seed)
         captioner = trained
         results[f"round{k}"] = run.judge(f"round-{k}", held_out, truth, "--adapters", captioner,
                                          seed=args.seed)
@@ -145,18 +156,21 @@ def finish(args, results, held_out, truth):
                              "union": figures["combined"], "gate": figures["gate"]}
     files.write_json(out / "results.json", results)
     print("\n" + "\n".join(table(results)) + "\n")
-    before = "sft"
+    start = before = "base" if args.no_data else "sft"
+    changes = {}
     for k in range(1, args.rounds + 1):
         after = f"round-{k}"
-        print(f"round {k} against {before.replace('-', ' ')}: {gains(out, before, after, truth)}")
+        changes[f"round{k}"] = gains(out, before, after, truth)
+        print(f"round {k} against {before.replace('-', ' ')}: {in_words(changes[f'round{k}'])}")
         before = after
-    folders = {"sft": out / "sft"}
+    files.write_json(out / "gains.json", changes)
+    folders = {} if args.no_data else {"sft": out / "sft"}
     folders |= {f"round{k}": out / f"dpo-{k}" for k in range(1, args.rounds + 1)}
     best = folders[max(folders, key=lambda name: both_f1(results[name]))]
     best_file = out.parent / "best.txt"
     with files.whole(best_file) as temporary:
         temporary.write_text(f"{os.path.relpath(best, out.parent)}\n", "utf-8")
-    sheet(out, held_out, truth, "sft", f"round-{args.rounds}")
+    sheet(out, held_out, truth, start, f"round-{args.rounds}")
     print(f"best: {best}, which {best_file} names for caption.py. Captions before and after: "
           f"{out}/sheet.png. Statements confirmed and refused: {out}/golden-1/index.html")
 
@@ -189,8 +203,10 @@ def table(results):
     for name, ways in results.items():
         if "gate" in ways:
             gate = ways["gate"]
-            yield (f"{name}: the gate has a precision of {gate['precision']:.3f} and a recall of "
-                   f"{gate['recall']:.3f}; {gate['base_rate']:.3f} of its statements are true")
+            precision, recall, true = (cell(gate[key], key)
+                                       for key in ("precision", "recall", "base_rate"))
+            yield (f"{name}: the gate has a precision of {precision} and a recall of {recall}; "
+                   f"{true} of its statements are true")
 
 
 def cell(value, key):
@@ -204,14 +220,23 @@ def read_captions(out, name, way):
 
 
 def gains(out, before, after, truth):
-    """The change of precision, recall and F1 between two captioners, with 95 % intervals."""
-    rows, parts = toy_rows(truth), []
+    """The change of precision, recall and F1 between two captioners, with 95 % intervals.
+
+    {"greedy" | "sampled": {metric: [change, low, high]}}
+    """
+    rows, changes = toy_rows(truth), {}
     for way in ("greedy", "sampled"):
         captions = [read_captions(out, name, way) for name in (before, after)]
-        for metric in ("precision", "recall", "f1"):
-            change, low, high = scoring.difference(*captions, rows, metric)
-            parts.append(f"{way} {COLUMNS[metric]} {change:+.3f} [{low:+.3f}, {high:+.3f}]")
-    return ", ".join(parts)
+        changes[way] = {metric: scoring.difference(*captions, rows, metric)
+                        for metric in ("precision", "recall", "f1")}
+    return changes
+
+
+def in_words(changes):
+    """What `gains` found, on one line."""
+    return ", ".join(f"{way} {COLUMNS[metric]} {change:+.3f} [{low:+.3f}, {high:+.3f}]"
+                     for way, metrics in changes.items()
+                     for metric, (change, low, high) in metrics.items())
 
 
 PICTURE, TEXT_WIDTH, LINE, MARGIN = 192, 744, 20, 8         # pixels of the sheet

@@ -18,6 +18,7 @@ import tokenizers
 import torch
 import transformers as tf
 from PIL import Image
+from torch import nn
 
 from plumbing.errors import InputError
 
@@ -31,8 +32,9 @@ TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
             "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 PIXELS = 28             # the side of an image token: 2 × 2 patches of 14
-# LoRA for TRL: behind attention and MLP of every block of both towers, where adapters stand.
-PLACES = r".*\.(o_proj|attn\.proj|down_proj)"
+# Where TRL trains LoRA: as in its example for vision models, or behind attention and MLP of every
+# block of both towers, where adapters stand.
+ALL_LINEAR, AS_ADAPTERS = "all-linear", r".*\.(o_proj|attn\.proj|down_proj)"
 
 
 # ---------------------------------------------------------------- a base
@@ -152,7 +154,7 @@ def contestant(run, job, connection):
         run(job, Turns(connection, job.device))
     except InputError as error:
         connection.send({"error": str(error)})
-    except EOFError:            # the race is over
+    except (EOFError, BrokenPipeError):         # the race is over
         pass
 
 
@@ -211,15 +213,19 @@ def open_plain(job):
     return hf, processor, prompt
 
 
-def rank_of(hf):
-    """The rank at which LoRA at PLACES has about as many numbers as adapters of width ÷ 8."""
-    layers = [layer for name, layer in hf.named_modules() if re.fullmatch(PLACES, name)]
-    widths = [layer.out_features for layer in layers]
+def rank_of(hf, places):
+    """The rank at which LoRA in some places has about as many numbers as adapters of width ÷ 8."""
+    layers = {name: layer for name, layer in hf.named_modules() if isinstance(layer, nn.Linear)
+              and layer is not hf.get_output_embeddings()}
+    widths = [layer.out_features for name, layer in layers.items()
+              if re.fullmatch(AS_ADAPTERS, name)]
     n_adapters = sum((2 * width + 1) * (width // 8) + width for width in widths)
-    return round(n_adapters / sum(layer.in_features + layer.out_features for layer in layers))
+    chosen = [layer for name, layer in layers.items()
+              if places == ALL_LINEAR or re.fullmatch(places, name)]
+    return round(n_adapters / sum(layer.in_features + layer.out_features for layer in chosen))
 
 
-def train_trl(job, turns):
+def train_trl(places, job, turns):
     """TRL's DPOTrainer on the pair; a turn is its training_step, forward and backward."""
     from datasets import Dataset  # here, since `generate` does without
     from peft import LoraConfig
@@ -238,7 +244,7 @@ def train_trl(job, turns):
         disable_tqdm=True)
     trainer = DPOTrainer(
         hf, args=config, processing_class=processor, train_dataset=Dataset.from_list([row] * steps),
-        peft_config=LoraConfig(r=rank_of(hf), target_modules=PLACES))
+        peft_config=LoraConfig(r=rank_of(hf, places), target_modules=places))
     turns.facts["trained"] = sum(p.numel() for p in hf.parameters() if p.requires_grad)
     trainer.training_step = functools.partial(in_turn, turns, trainer.training_step)
     trainer.train()

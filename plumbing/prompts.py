@@ -105,6 +105,7 @@ class Prompts:
         looks = {"head": torch.tensor(ids[:at]), "tail": torch.tensor(ids[at + 1:])}
         inputs.pop("attention_mask", None)
         for name, tensor in inputs.items():
+            tensor = tensor.float() if tensor.is_floating_point() else tensor
             if tensor.shape == (1, len(ids)):
                 looks[f"token:{name}"] = tensor[0, :at]
             else:

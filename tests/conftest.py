@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,10 @@ from model import Config, QwenVL, VisionConfig
 from plumbing.tokenizer import Tokenizer
 from toy_world import world
 
+# for torchvision, which processors of transformers import: here, and in commands that tests run
+MEND = Path(__file__).parent / "mend"
+runpy.run_path(str(MEND / "sitecustomize.py"))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(MEND), os.environ.get("PYTHONPATH")]))
 torch.set_num_threads(1)  # the models are tiny: a second thread costs more than it brings
 
 

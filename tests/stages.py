@@ -123,7 +123,7 @@ def fork_server():
     """Processes come from one that has torch and the stages imported already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["sft", "qa_adapter", "golden"])
-    paths = os.pathsep.join([str(CODE), str(CODE / "tests")])
+    paths = os.pathsep.join([str(CODE), str(CODE / "tests"), str(CODE / "tests/mend")])
     with mock.patch.dict(os.environ, {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}):
         forkserver.ensure_running()
     return context

@@ -32,7 +32,7 @@ def shake(model, name, by=0.05):
 
 
 def test_fresh_adapters_and_soft_prompt_change_nothing_bit_for_bit(tiny_model):
-    expected, text = run(tiny_model), tiny_model.image_prompt(2, CAPTION_PROMPT)
+    expected, text = run(tiny_model), tiny_model.head(2) + tiny_model.request(CAPTION_PROMPT)
     adapters.attach(tiny_model, "caption", reduction=4, soft_prompt=True)
     assert tiny_model.caption_prompt(2) != text and len(tiny_model.caption_prompt(2)) == len(text)
     assert torch.equal(run(tiny_model), expected)
@@ -97,7 +97,7 @@ def test_adapters_are_switched_stacked_in_order_and_restored(tiny_model):
         assert torch.equal(run(tiny_model), captioner)
     with adapters.active(tiny_model, []):
         assert torch.equal(run(tiny_model), base)
-        assert tiny_model.caption_prompt(1) == tiny_model.image_prompt(1, CAPTION_PROMPT)
+        assert tiny_model.caption_prompt(1) == tiny_model.head(1) + tiny_model.request(CAPTION_PROMPT)
     with adapters.active(tiny_model, ["caption", "qa"]):
         assert not torch.equal(run(tiny_model), both)
     assert torch.equal(run(tiny_model), both)
@@ -115,7 +115,7 @@ def test_three_adapters_stack_in_the_order_that_below_asks_for(tiny_model):
     adapters.attach(tiny_model, "second", below="two")
     expected = {"language": ("zero", "one", "second", "two"), "vision": ("one", "second", "two")}
     for tower, stack in expected.items():
-        assert {slot.stack for slot, _ in adapters.slots(tiny_model, (tower,))} == {stack}
+        assert {slot.stack for slot, *_ in tiny_model.places(tower)} == {stack}
     for name in ("zero", "one", "second", "two"):
         shake(tiny_model, name)
     block, x = tiny_model.transformer.h[1], torch.randn(1, 5, 128)
@@ -139,7 +139,7 @@ def test_attaching_freezes_what_was_there_and_switching_does_not_thaw_it(tiny_mo
         captioner = run(tiny_model)
     optimizer = torch.optim.AdamW([p for p in tiny_model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):
-        ids = torch.tensor([tiny_model.image_prompt(1, "it Answer: Yes")])
+        ids = torch.tensor([tiny_model.head(1) + tiny_model.request("it Answer: Yes")])
         tiny_model(ids, torch.randn(1, 3, 28, 28))[0, -2].log_softmax(-1)[
             ids[0, -1]
         ].neg().backward()
@@ -186,7 +186,7 @@ def test_the_soft_prompt_starts_as_the_prompts_embeddings_and_takes_their_places
     assert torch.equal(actual[0, 1:-1], vectors) and torch.equal(actual[~here], x[~here])
     vectors.data[3] += 1
     with adapters.active(tiny_model, []):
-        assert tiny_model.caption_prompt(1) == tiny_model.image_prompt(1, CAPTION_PROMPT)
+        assert tiny_model.caption_prompt(1) == tiny_model.head(1) + tiny_model.request(CAPTION_PROMPT)
     assert tiny_model.caption_prompt(1)[-len(ids) :] == [tiny_model.tokenizer.soft_prompt_id] * len(
         ids
     )
@@ -625,10 +625,10 @@ def test_a_qa_adapter_comes_back_below_its_captioner(
         "parent_hash": adapters.folder_hash(folder),
     }
     assert {key: card[key] for key in expected_card} == expected_card
-    assert {slot.stack for slot, _ in adapters.slots(tiny_model, ("language",))} == {
+    assert {slot.stack for slot, *_ in tiny_model.places("language")} == {
         ("qa", "caption")
     }
-    assert {slot.stack for slot, _ in adapters.slots(tiny_model, ("vision",))} == {("caption",)}
+    assert {slot.stack for slot, *_ in tiny_model.places("vision")} == {("caption",)}
     assert tiny_model.soft_prompts.stack == ("caption",)
     assert torch.equal(run(tiny_model), both) and not torch.equal(both, expected)
     with adapters.active(tiny_model, ["caption"]):

@@ -18,7 +18,7 @@ from test_toy import FEW, Here, running
 
 import adapters
 import chunking
-import golden
+import plumbing.weights
 import toy
 from plumbing import files
 from plumbing.errors import InputError
@@ -603,7 +603,7 @@ def bench(tmp_path_factory):
         )
         patch.setattr(toy_base, "own_tasks", functools.partial(own_tasks, n=4))
         patch.setattr(toy_base, "measure", lambda model, n, seed: measured(model, min(n, 6), seed))
-        patch.setattr(golden, "gc", SimpleNamespace(collect=int))
+        patch.setattr(plumbing.weights, "gc", SimpleNamespace(collect=int))
         yield SimpleNamespace(out=tmp_path_factory.mktemp("claims"), here=here)
 
 

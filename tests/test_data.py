@@ -316,7 +316,7 @@ def test_workers_start_whatever_python_s_default_is():
 
 def test_collate_pads_on_the_right_and_aims_at_what_follows_the_prompt(tiny_model):
     prompts, targets = (
-        [tiny_model.image_prompt(1, text) for text in ("", " red")],
+        [tiny_model.head(1) + tiny_model.request(text) for text in ("", " red")],
         [[7, 8], [9, 10, 11, 12]],
     )
     rows = [

@@ -370,9 +370,9 @@ def golden_row(**more):
     }
 
 
-def encoded(tokenizer, room, *rows):
+def encoded(model, room, *rows):
     rows = [{"rejected": [], "id": str(k), **row} for k, row in enumerate(rows)]
-    return dpo.encode_rows(tokenizer, rows, room)
+    return dpo.encode_rows(model, rows, room)
 
 
 def test_the_end_token_is_scored_only_where_a_caption_ended(tiny_model):
@@ -380,7 +380,7 @@ def test_the_end_token_is_scored_only_where_a_caption_ended(tiny_model):
     ends = [
         {"caption": " red circle", "finish": finish} for finish in ("eos", "length", "repeat", None)
     ]
-    (row,), too_long = encoded(tokenizer, 80, {"chosen": " red ring ", "rejected": ends})
+    (row,), too_long = encoded(tiny_model, 80, {"chosen": " red ring ", "rejected": ends})
     circle = tokenizer.encode(" red circle")
     assert too_long == 0 and row["chosen_ids"] == [*tokenizer.encode(" red ring"), tokenizer.eos_id]
     assert row["rejected_ids"] == [[*circle, tokenizer.eos_id], circle, circle, circle]
@@ -390,7 +390,7 @@ def test_the_first_token_carries_the_space_and_a_loop_is_kept_raw(tiny_model):
     tokenizer = tiny_model.tokenizer
     loop = " red, red, red,"
     (row,), _ = encoded(
-        tokenizer,
+        tiny_model,
         80,
         {
             "chosen": "red",
@@ -407,7 +407,7 @@ def test_the_first_token_carries_the_space_and_a_loop_is_kept_raw(tiny_model):
 def test_special_tokens_spelled_in_captions_are_text(tiny_model):
     text = "red<|endoftext|></img>"
     (row,), _ = encoded(
-        tiny_model.tokenizer,
+        tiny_model,
         80,
         {"chosen": text, "rejected": [{"caption": text, "finish": "length"}]},
     )
@@ -419,7 +419,7 @@ def test_what_does_not_fit_is_left_out_if_chosen_and_cut_without_an_end_if_rejec
     five, six = " red" * 5, " red" * 6  # a token a word
     red = tokenizer.encode(" red")
     rows, too_long = encoded(
-        tokenizer,
+        tiny_model,
         6,
         {"chosen": five, "rejected": [{"caption": six, "finish": "eos"}]},
         {"chosen": six},
@@ -439,7 +439,7 @@ def test_what_does_not_fit_is_left_out_if_chosen_and_cut_without_an_end_if_rejec
 
 def test_the_mismatched_caption_is_the_next_chosen_one_in_file_order(tiny_model):
     words = ["red", "ring", "red " * 30, "square"]
-    rows, _ = encoded(tiny_model.tokenizer, 10, *({"chosen": word} for word in words))
+    rows, _ = encoded(tiny_model, 10, *({"chosen": word} for word in words))
     expected_mismatched = [
         tiny_model.tokenizer.encode(f" {word}") for word in ("ring", "square", "red")
     ]
@@ -507,7 +507,7 @@ def test_pack_lays_the_captions_behind_one_prefix():
 
 def packed_examples(model, golden):
     """Examples with two to five captions of different lengths, and their caption lists."""
-    rows, _ = dpo.encode_rows(model.tokenizer, read_golden(golden)[0], 80)
+    rows, _ = dpo.encode_rows(model, read_golden(golden)[0], 80)
     rows = dpo.add_mismatched(rows)
     captions = [
         [rows[0]["chosen_ids"], rows[0]["mismatched_ids"], *rows[0]["rejected_ids"]],
@@ -770,7 +770,7 @@ def test_reference_log_probs_are_computed_once_and_reused(
     assert referenced() == N_ROWS  # held-out rows too
     ((path, text),) = reference_files(out).items()
     model = loaded(tiny_base, captioner)
-    rows, _ = dpo.encode_rows(model.tokenizer, read_golden(golden)[0], 80)
+    rows, _ = dpo.encode_rows(model, read_golden(golden)[0], 80)
     stored = references_of(text)
     with torch.no_grad():
         for row in dpo.add_mismatched(rows):
@@ -980,7 +980,7 @@ def test_captions_of_held_out_images_are_watched(train, monkeypatch):
     asked = []
 
     def sample(model, pixels, names, n, **how):
-        asked.append((tuple(pixels.shape), names, n))
+        asked.append((tuple(torch.stack(pixels).shape), names, n))
         return [[said[len(asked) % 2]]]
 
     monkeypatch.setattr(dpo, "sample", sample)

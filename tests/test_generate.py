@@ -14,6 +14,7 @@ import torch
 import generate
 from generate import choose, greedy, loops, prefill, sample, uniforms, without_loop, yes_probability
 from model import CAPTION_PROMPT, QwenVL
+from plumbing.cache import Cache
 from plumbing.errors import InputError
 
 V = 2  # views of an image, enough here
@@ -319,7 +320,7 @@ def test_packed_questions_equal_one_at_a_time(tiny_model):
     ]
     assert all(len(side) >= 3 for side in sides)
     for p, question in zip(actual.tolist(), questions):
-        ids = tiny_model.image_prompt(V, f"{question} Answer:")
+        ids = tiny_model.head(V) + tiny_model.request(f"{question} Answer:")
         last = plain_logits(tiny_model, [ids], pixels)[0, -1].double().exp()
         yes, no = (last[side].sum().item() for side in sides)
         assert p == pytest.approx(yes / (yes + no), abs=1e-5)
@@ -337,13 +338,13 @@ def test_questions_are_split_where_they_are_too_many_and_may_be_none(tiny_model,
 
 def test_a_finished_batch_leaves_no_cache_behind(tiny_model, monkeypatch):
     """Without a garbage collection, which nothing on a GPU asks for."""
-    caches, start = [], generate.Cache.start
+    caches, start = [], Cache.start
 
     def started(self, *args):
         caches.append(weakref.ref(self.layers[0]))
         return start(self, *args)
 
-    monkeypatch.setattr(generate.Cache, "start", started)
+    monkeypatch.setattr(Cache, "start", started)
     gc.disable()
     try:
         sample(tiny_model, images(1)[None, 0], ["a"], n=2, max_new_tokens=3)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import adapters
+import generate
 import plumbing.data
 import plumbing.train
 import qa_adapter
@@ -121,7 +122,7 @@ def logits_of(model, path):
     model.eval()
     prompts = [
         model.caption_prompt(len(BOXES)),
-        model.image_prompt(len(BOXES), "Is it red? Answer:"),
+        model.head(len(BOXES)) + model.request("Is it red? Answer:"),
     ]
     with torch.no_grad():
         return [model(torch.tensor([ids]), views(open_image(path), SIDE)) for ids in prompts]
@@ -270,7 +271,7 @@ def test_with_vision_adapters_stand_in_both_towers_below_the_captioner_s(
     assert card["where"] == ["vision", "language"] and usual["where"] == ["language"]
     assert card["below"] == usual["below"] == "caption"
     model, path = with_qa(captioner, tmp_path), data / "00000.png"
-    assert {slot.stack for slot, _ in adapters.slots(model)} == {("qa", "caption")}
+    assert {slot.stack for tower in adapters.TOWERS for slot, *_ in model.places(tower)} == {("qa", "caption")}
     names = adapters.names_of(model, "qa")
     assert names == sorted(stages.weights_of(tmp_path)) and len(names) == 4 * 2 * (2 + 1)
     assert sum(".visual." in name for name in names) == 4 * 2
@@ -294,11 +295,11 @@ def test_with_vision_adapters_stand_in_both_towers_below_the_captioner_s(
 # ---------------------------------------------------------------- questions on disk
 def test_answers_start_with_yes_or_no_and_the_rest_is_told(data, capsys):
     good = [
-        ("Yes", " Yes", True),
-        ("no", " No", False),
-        ("YES, a red one", " Yes, a red one", True),
-        (" No.\n It is\tblue", " No. It is blue", False),
-        ("yes; two", " Yes; two", True),
+        ("Yes", "Yes", True),
+        ("no", "No", False),
+        ("YES, a red one", "Yes, a red one", True),
+        (" No.\n It is\tblue", "No. It is blue", False),
+        ("yes; two", "Yes; two", True),
     ]
     bad = [
         "maybe",
@@ -318,7 +319,7 @@ def test_answers_start_with_yes_or_no_and_the_rest_is_told(data, capsys):
     stages.write_rows(
         path, [{**image, "answer": answer} for answer in [*(a for a, _, _ in good), *bad]]
     )
-    rows, found = qa_adapter.read_questions(path)
+    rows, found = plumbing.data.read_questions(path)
     assert [(row["answer"], row["yes"]) for row in rows] == [
         (text, truth) for _, text, truth in good
     ]
@@ -345,7 +346,7 @@ def test_a_bad_question_is_told_with_file_and_line(data, row, expected_word):
     path = stages.write_rows(
         data / "bad.jsonl", [row, {"image": "00001.png", "question": "x?", "answer": "No"}]
     )
-    rows, bad = qa_adapter.read_questions(path)
+    rows, bad = plumbing.data.read_questions(path)
     assert (
         len(rows) == 1
         and [where for where, _ in bad] == [f"{path}:1"]
@@ -353,16 +354,16 @@ def test_a_bad_question_is_told_with_file_and_line(data, row, expected_word):
     )
     stages.write_rows(path, [row])
     with pytest.raises(InputError, match=r"no usable .*bad\.jsonl:1") as error:
-        qa_adapter.read_questions(path)
+        plumbing.data.read_questions(path)
     assert "\n" not in str(error.value)
 
 
 # ---------------------------------------------------------------- the gate
 def test_the_gate_counts(seed=0):
-    figures = qa_adapter.gate([0.9, 0.5, 0.4, 0.2, 0.8], [True, False, True, False, True], 0.5)
+    figures = generate.gate([0.9, 0.5, 0.4, 0.2, 0.8], [True, False, True, False, True], 0.5)
     assert figures == {"accuracy": 3 / 5, "precision": 2 / 3, "recall": 2 / 3}
-    assert qa_adapter.gate([0.1], [True], 0.5) == {"accuracy": 0, "precision": 0, "recall": 0}
-    assert qa_adapter.gate([0.5], [True], 0.5) == {
+    assert generate.gate([0.1], [True], 0.5) == {"accuracy": 0, "precision": 0, "recall": 0}
+    assert generate.gate([0.5], [True], 0.5) == {
         "accuracy": 1,
         "precision": 1,
         "recall": 1,
@@ -380,7 +381,7 @@ def test_the_threshold_has_the_best_f1_of_all():
             both = sum(p >= threshold and t for p, t in zip(p_yes, truth))
             return 2 * both / max(sum(p >= threshold for p in p_yes) + sum(truth), 1)
 
-        found = qa_adapter.calibrate(p_yes, truth)
+        found = generate.calibrate(p_yes, truth)
         edges = sorted({0.0, 1.0, *p_yes})
         candidates = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
         best = max(map(f1, candidates))
@@ -390,7 +391,7 @@ def test_the_threshold_has_the_best_f1_of_all():
         )  # no other threshold does better
         closest = min((t for t in candidates if f1(t) > best - 1e-9), key=lambda t: abs(t - 0.5))
         assert abs(found - 0.5) == pytest.approx(abs(closest - 0.5))
-    assert qa_adapter.calibrate([0.2, 0.8], [False, True]) == 0.5
+    assert generate.calibrate([0.2, 0.8], [False, True]) == 0.5
 
 
 def test_what_is_printed_logged_and_kept_is_that_of_the_held_out_questions(
@@ -398,7 +399,7 @@ def test_what_is_printed_logged_and_kept_is_that_of_the_held_out_questions(
 ):
     code = stages.run(qa_adapter, *arguments(captioner, data, tmp_path))
     out, err = capsys.readouterr()
-    _, held = plumbing.data.split(qa_adapter.read_questions(data / "questions.jsonl")[0], 0.25, 0)
+    _, held = plumbing.data.split(plumbing.data.read_questions(data / "questions.jsonl")[0], 0.25, 0)
     model = with_qa(captioner, tmp_path)
     p_yes = [
         yes_probability(model, views(open_image(row["image"]), SIDE), [row["question"]]).item()
@@ -408,7 +409,7 @@ def test_what_is_printed_logged_and_kept_is_that_of_the_held_out_questions(
         [row["yes"] for row in held],
         json.loads((tmp_path / "adapters.json").read_text())["threshold"],
     )
-    expected_threshold = qa_adapter.calibrate(p_yes, truth)
+    expected_threshold = generate.calibrate(p_yes, truth)
     assert (
         code == 0
         and len(held) == 8
@@ -416,8 +417,8 @@ def test_what_is_printed_logged_and_kept_is_that_of_the_held_out_questions(
     )
     assert threshold == pytest.approx(expected_threshold, abs=1e-4)
     expected = {
-        "at .5": qa_adapter.gate(p_yes, truth, 0.5),
-        "calibrated": qa_adapter.gate(p_yes, truth, threshold),
+        "at .5": generate.gate(p_yes, truth, 0.5),
+        "calibrated": generate.gate(p_yes, truth, threshold),
     }
     for line, name in zip(out.splitlines(), expected):
         assert line == f"8 held-out questions, {name}: " + ", ".join(
@@ -669,7 +670,7 @@ def test_broken_images_are_reported_and_replaced_or_left_out(captioner, data, tm
     """One image of the training part and one of the two held-out ones end in the middle of their pixels."""
     copy = shutil.copytree(data, tmp_path / "data")
     training, held = plumbing.data.split(
-        qa_adapter.read_questions(copy / "questions.jsonl")[0], 0.25, 0
+        plumbing.data.read_questions(copy / "questions.jsonl")[0], 0.25, 0
     )
     bad = [training[0]["image"], held[0]["image"]]
     for path in bad:

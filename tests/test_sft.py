@@ -19,13 +19,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import adapters
-import model as model_file
 import plumbing.data
 import plumbing.train
 import sft
 from chunking import BOXES, views
 from model import QwenVL
-from plumbing import weights
+from plumbing import parts, weights
 from plumbing.images import open_image
 
 SIDE = 28  # of a view of the tiny base
@@ -217,7 +216,7 @@ def test_log_probs_in_chunks_equal_those_of_full_logits(
     weights = torch.linspace(-1, 2, targets.numel()).view(targets.shape)
     expected_gradients = torch.autograd.grad((expected * weights).sum(), trained.values())
     for rows in (1, 7, n_targets, 1000):
-        monkeypatch.setattr(model_file, "LOGITS_AT_ONCE", rows)
+        monkeypatch.setattr(parts, "LOGITS_AT_ONCE", rows)
         made.clear()
         logps = tiny_model(**batch, logp_of=targets)
         # nowhere else, and never more at once
@@ -388,7 +387,8 @@ def test_a_caption_that_is_too_long_ends_after_its_last_whole_statement(tiny_mod
     tokenizer, prompt = tiny_model.tokenizer, tiny_model.caption_prompt(len(BOXES))
     parts = [f"top-left {'red ' * (k % 3)}circle" for k in range(60)]
     for seq_length in (60, 61, 62, 63, 128):
-        ids, was_cut = sft.encode(tokenizer, prompt, ", ".join(parts), seq_length)
+        tiny_model.config.seq_length = seq_length
+        ids, was_cut = sft.encode(tiny_model, prompt, ", ".join(parts))
         fits = [
             n
             for n in range(1, 61)
@@ -396,16 +396,17 @@ def test_a_caption_that_is_too_long_ends_after_its_last_whole_statement(tiny_mod
         ]
         expected = tokenizer.encode(" " + ", ".join(parts[: max(fits)]))
         assert was_cut and ids == [*prompt, *expected, tokenizer.eos_id] and len(ids) <= seq_length
-    ids, was_cut = sft.encode(tokenizer, prompt, "red circle", 128)
+    ids, was_cut = sft.encode(tiny_model, prompt, "red circle")  # seq_length is 128
     assert not was_cut and tokenizer.decode(ids[len(prompt) :]) == " red circle<|endoftext|>"
     room = tokenizer.encode(" " + ", ".join(parts[:3]))
-    exact = len(prompt) + len(room) + 1
-    assert sft.encode(tokenizer, prompt, ", ".join(parts[:3]), exact) == (
+    tiny_model.config.seq_length = len(prompt) + len(room) + 1
+    assert sft.encode(tiny_model, prompt, ", ".join(parts[:3])) == (
         [*prompt, *room, tokenizer.eos_id],
         False,
     )
+    tiny_model.config.seq_length = 64
     ids, was_cut = sft.encode(
-        tokenizer, prompt, "red " * 100, 64
+        tiny_model, prompt, "red " * 100
     )  # one endless statement: as much as fits
     assert was_cut and len(ids) == 64 and ids[-1] == tokenizer.eos_id
 

@@ -13,7 +13,6 @@ from PIL import Image
 from test_chat import closed_port, completion, drip, hang, in_turn, noise, serving, shaped, status
 
 import plumbing.data
-import qa_adapter
 import tool_llm
 from plumbing import chat, rules
 from plumbing.answers import loose_json
@@ -673,7 +672,7 @@ def test_rewrite_and_triplets_of_every_kind_of_captions(made, out, tmp_path, mon
     assert [row["caption"] for row in read] == REWRITTEN and not bad
 
     assert stages.run(tool_llm, "triplets", out, "--out", out.with_name("qa.jsonl")) == 0
-    read, bad = qa_adapter.read_questions(out.with_name("qa.jsonl"))
+    read, bad = plumbing.data.read_questions(out.with_name("qa.jsonl"))
     assert not bad and {row["yes"] for row in read} == {True, False}
     assert [row["image"].resolve() for row in read if row["yes"]] == [
         expected_images[k] for k in (0, 0, 1, 1, 2)

@@ -21,7 +21,7 @@ import stages
 from PIL import Image
 
 import caption
-import golden
+import plumbing.weights
 import toy
 from plumbing import scoring
 from plumbing.errors import InputError
@@ -126,7 +126,7 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         for name, flags in FEW.items():
             patch.setattr(toy_steps, name, flags)
-        patch.setattr(golden, "gc", SimpleNamespace(collect=int))
+        patch.setattr(plumbing.weights, "gc", SimpleNamespace(collect=int))
         yield
 
 
@@ -367,9 +367,9 @@ def test_the_best_of_greedy_and_sampled_f1_together_is_named(
     out = tmp_path / "out" / "toy"
     out.mkdir(parents=True)
     monkeypatch.setattr(toy, "sheet", lambda *_: None)
-    monkeypatch.setattr(toy, "gains", lambda *_: "")
+    monkeypatch.setattr(toy, "gains", lambda *_: {})
     toy.finish(
-        SimpleNamespace(out=out, rounds=2), results_like(base=(0.9, 0.9), **scores), None, None
+        SimpleNamespace(out=out, rounds=2, no_data=False), results_like(base=(0.9, 0.9), **scores), None, None
     )
     assert (tmp_path / "out/best.txt").read_text().strip() == f"toy/{expected}"
     assert f"best: {out / expected}," in capsys.readouterr().out
@@ -894,7 +894,7 @@ def judged(tmp_path):
 
 
 def test_the_gain_of_a_round_is_the_difference_that_evaluate_py_reports(judged):
-    text = toy.gains(judged.out, "sft", "round-1", judged.truth)
+    text = toy.in_words(toy.gains(judged.out, "sft", "round-1", judged.truth))
     parts = re.findall(r"(greedy|sampled) (P|R|F1) ([+-]\S+) \[([+-]\S+), ([+-][.\d]+)\]", text)
     assert [part[:2] for part in parts] == [
         (way, name) for way in ("greedy", "sampled") for name in ("P", "R", "F1")

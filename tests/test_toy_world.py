@@ -274,21 +274,21 @@ def test_pretraining_does_not_resume_with_other_arguments(tmp_path, capsys, flag
 
 
 def test_a_packed_training_row_asks_for_what_follows_each_prompt(tmp_path):
-    world.write_vocabulary(tmp_path / "qwen.tiktoken")
-    model = toy_base.fresh_model(Tokenizer(tmp_path), 0)
+    model = toy_base.fresh_model("qwen_vl", tmp_path, 0)
     scene = world.make_scene(3)
-    rows = toy_base.continuations(scene, 4, random.Random(0))
+    rows = toy_base.continuations(model, scene, 4, random.Random(0))
     ids, branch, target, task = toy_base.pack(model, 6, rows)
     decode = model.tokenizer.decode
     for k, (name, prompt, answer) in enumerate(rows, 1):
         own = [i for i, b in enumerate(branch) if b == k]
-        assert decode(ids[i] for i in own) == prompt + answer
+        assert [ids[i] for i in own] == prompt + answer and decode(answer)[0] == " "
         asked = [i for i in own if target[i] >= 0]
-        assert decode(target[i] for i in asked) == answer + "<|endoftext|>"
+        assert [target[i] for i in asked] == [*answer, model.tokenizer.eos_id]
         names = [toy_base.TASK_NAMES[task[i]] for i in asked]
         assert names == (
             ["answer"] + ["reason"] * (len(asked) - 1) if name == "answer" else [name] * len(asked)
         )
+    assert decode(rows[0][1]) == world.DENSE_PROMPT and decode(rows[2][1]).endswith("? Answer:")
     assert [name for name, _, _ in rows] == ["dense", "short"] + ["answer"] * 4 and branch.count(
         0
     ) == 36
@@ -297,15 +297,14 @@ def test_a_packed_training_row_asks_for_what_follows_each_prompt(tmp_path):
 @pytest.mark.parametrize("kind", ["close", "six"])
 def test_the_loss_is_a_weighted_mean_over_the_targets_of_each_task(tmp_path, kind):
     """Every continuation in a row of its own, after a prefix of its own, gives the same loss."""
-    world.write_vocabulary(tmp_path / "qwen.tiktoken")
-    model = toy_base.fresh_model(Tokenizer(tmp_path), 0)
+    model = toy_base.fresh_model("qwen_vl", tmp_path, 0)
     loss, means = toy_base.weighted_loss(model, *toy_base.make_batch(model, kind, 0, 1, 3, 4))
     nll = {name: [] for name in toy_base.TASKS}
     for name in ("0 1 0", "0 1 1", "0 1 2"):
-        scene, pixels = toy_base.scene_views(kind, name)
-        prefix = model.image_prompt(len(pixels), "")
-        for task, prompt, answer in toy_base.continuations(scene, 4, random.Random("rows " + name)):
-            prompt, answer = (model.tokenizer.encode(text) for text in (prompt, answer))
+        scene, pictures = toy_base.scene_views(kind, name)
+        pixels, rng = model.look(pictures), random.Random("rows " + name)
+        prefix = model.head(len(pixels))
+        for task, prompt, answer in toy_base.continuations(model, scene, 4, rng):
             targets = [*answer, model.tokenizer.eos_id]
             logits = model(torch.tensor([prefix + prompt + answer]), pixels)[0, -len(targets) :]
             losses = F.cross_entropy(logits, torch.tensor(targets), reduction="none").tolist()

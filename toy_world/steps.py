@@ -172,5 +172,5 @@ def make_split(out, name, n, seed, wants):
 
 def toy_rows(path):
     """The rows of a JSONL file, their images by file name."""
-    rows = map(json.loads, path.read_text("utf-8").splitlines())
+    rows = map(json.loads, path.read_bytes().splitlines())
     return [{**row, "image": Path(row["image"]).name} for row in rows]
