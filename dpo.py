@@ -1,8 +1,7 @@
 """Stage 4, preference training: DPO + cross entropy on golden captions train the captioner.
 
-READS   out/golden/golden.jsonl ({"image", "chosen", "rejected": [{"caption", "finish"}]}): the
-        chosen caption is the golden one, the rejected ones are the captioner's own samples; the
-        captioner, out/sft
+READS   out/golden/golden.jsonl ({"image", "chosen", "rejected": [{"caption", "finish"}]}), golden
+        captions against the captioner's own samples; the captioner, out/sft
 WRITES  out/dpo: adapters.safetensors, adapters.json, log.jsonl, reference-*.jsonl, resume/
 
     python dpo.py
@@ -16,8 +15,7 @@ is the mean over a row's pairs, then over the rows of a step, all ranks together
 the captioner of --init. The adapters of both towers train; the base and the soft prompt are frozen.
 What the source, the blog post ATAC-Qwen-VL, leaves open:
  1. the reference is the captioner that the round starts from; its log-probs are computed once
- 2. log-probs are summed over caption tokens, and over the end token if the model itself ended the
-    caption
+ 2. log-probs are summed over caption tokens, and over the end token if the model itself wrote it
  3. one rejected caption per row and epoch; raise it with --max-rejected
  4. the cross entropy has weight 1 and is divided by the number of the chosen caption's tokens, as
     in iterative RPO (https://arxiv.org/abs/2404.19733, eq. 1)
@@ -59,13 +57,10 @@ def parse_args(argv):
     add("--base", help="Hub name or folder of the base; left out, that of --init, else of --data")
     add("--reduction", type=arguments.count, default=8, help="of fresh adapters, as in sft.py")
     add("--loss", choices=LOSSES, default="dpo", help="preference loss; none: CE alone")
-    add("--beta", type=arguments.positive, default=0.1, help="strength of the preference loss; "
-        "ipo and kto have scales of their own")
-    add("--ce", type=arguments.not_negative, default=1.0, help="weight of the cross entropy on "
-        "the chosen caption; 0: off")
+    add("--beta", type=arguments.positive, default=0.1, help="of the preference loss, see there")
+    add("--ce", type=arguments.not_negative, default=1.0, help="weight of cross entropy; 0: off")
     add("--max-rejected", type=arguments.count, default=1, help="rejected captions per row, epoch")
-    add("--watch", type=arguments.count_or_none, default=8, help="held-out images captioned at "
-        "every checkpoint")
+    add("--watch", type=arguments.count_or_none, default=8, help="held-out images to caption")
     add("--views", choices=tuple(LAYOUTS), help="views of an image; must be the captioner's")
     arguments.add_caption_prompt(p)
     args = p.parse_args(argv)
@@ -82,8 +77,7 @@ def encode_rows(model, rows, room):
 
     room: tokens left in the context after the prompt. A chosen caption ends in the end token; a
     rejected one only if the model ended it and it fits. One that looped or was cut off keeps its
-    text, so that training lowers the probability of the loop and not of the end token. Samples are
-    raw: a leading space belongs to the first token.
+    text, so that training lowers the probability of the loop and not of the end token.
     """
     fitting, eos = [], model.tokenizer.eos_id
     for row in rows:
@@ -146,8 +140,8 @@ def caption_logps(model, examples, eos_id, device):
 # ---------------------------------------------------------------- the reference
 def all_captions(model, boxes, row):
     """A row with every caption whose reference log-prob training may need."""
-    captions = [row["chosen_ids"], *row["rejected_ids"]]
-    captions += [row["mismatched_ids"]] if "mismatched_ids" in row else []
+    mismatched = [row["mismatched_ids"]] if "mismatched_ids" in row else []
+    captions = [row["chosen_ids"], *row["rejected_ids"], *mismatched]
     images = model.look(crops(open_image(row["image"]), model.image_size, boxes))
     return {**pack(model.caption_prompt(images), captions), "views": images}
 
@@ -166,8 +160,8 @@ def reference_logps(args, ranks, model, boxes, rows, start_hash):
     """Log-probs under the captioner that the round starts from, computed once and kept on disk.
 
     -> {row id: {"chosen": x, "rejected": [x, …]} with "mismatched" for kto, or {"error": reason}}.
-    start_hash is that of the captioner's tensors. A stopped run resumes where it was. An error is
-    kept as well, so that a resumed run replaces the same rows; delete the files to try again.
+    A stopped run resumes where it was. An error is kept as well, so that a resumed run replaces the
+    same rows; delete the files to try again.
     """
     name = reference_name(model, boxes, rows, start_hash)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -424,9 +418,8 @@ def learn(args, ranks):
 
     # ---- the loop
     fixed = {"base": model.fingerprint, "start": start, "rows": data.rows_hash(rows),
-             **train.fixed(args, "loss", "beta", "ce", "max_rejected", golden=len(rows))}
-    if not args.init:
-        fixed |= {"reduction": args.reduction, "prompt": model.caption_text}
+             **train.fixed(args, "loss", "beta", "ce", "max_rejected", "reduction",
+                           golden=len(rows), prompt=model.caption_text)}
     run = train.Run(args, ranks, policy, optimizer, trained, rows, make, fixed)
     for step in run.steps():
         n_rows = ranks.sum(len(step.examples))

@@ -32,7 +32,9 @@ def qwen3(tmp_path_factory):
 
 
 # ---------------------------------------------------------------- the interface
-METHODS = [name for name, value in vars(Base).items() if inspect.isfunction(value) and name[0] != "_"]
+METHODS = [
+    name for name, value in vars(Base).items() if inspect.isfunction(value) and name[0] != "_"
+]
 
 
 def test_the_interface_names_what_stages_use():
@@ -47,7 +49,9 @@ def test_the_interface_names_what_stages_use():
 
 @pytest.mark.parametrize("kind", [QwenVL, HFModel])
 def test_both_kinds_have_the_methods_with_their_arguments(kind):
-    assert {"look", "head", "request", "caption_prompt", "forward", "cache", "places"} <= set(METHODS)
+    assert {"look", "head", "request", "caption_prompt", "forward", "cache", "places"} <= set(
+        METHODS
+    )
     for name in METHODS:
         wanted = list(inspect.signature(getattr(Base, name)).parameters)
         assert list(inspect.signature(getattr(kind, name)).parameters) == wanted, name
@@ -94,12 +98,21 @@ def test_a_language_model_is_no_base(tmp_path):
 
 
 def test_an_architecture_that_nobody_knows(qwen3, tmp_path):
-    refused(changed(qwen3, tmp_path / "a", model_type="sees_all"), "sees_all model, which transformers")
+    refused(
+        changed(qwen3, tmp_path / "a", model_type="sees_all"), "sees_all model, which transformers"
+    )
 
 
 def test_code_of_its_own_is_never_run(qwen3, tmp_path):
-    folder = changed(qwen3, tmp_path / "a", model_type="remote_kind", auto_map={
-        "AutoConfig": "configuration_remote.RemoteConfig", "AutoModelForImageTextToText": "modeling_remote.Remote"})
+    folder = changed(
+        qwen3,
+        tmp_path / "a",
+        model_type="remote_kind",
+        auto_map={
+            "AutoConfig": "configuration_remote.RemoteConfig",
+            "AutoModelForImageTextToText": "modeling_remote.Remote",
+        },
+    )
     (folder / "configuration_remote.py").write_text("raise SystemExit('it ran')")
     (folder / "modeling_remote.py").write_text("raise SystemExit('it ran')")
     refused(folder, "needs code of its own, which is never run")
@@ -131,10 +144,17 @@ def test_weights_that_lack_a_tensor(qwen3, tmp_path):
     folder = changed(qwen3, tmp_path / "a")
     tensors = load_file(folder / "model.safetensors")
     gone = next(name for name in tensors if "mlp" in name)
-    save_file({name: t for name, t in tensors.items() if name != gone}, folder / "model.safetensors",
-              metadata={"format": "pt"})
+    save_file(
+        {name: t for name, t in tensors.items() if name != gone},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     refused(folder, "the weights lack")
-    save_file({**tensors, gone: tensors[gone][:1].clone()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {**tensors, gone: tensors[gone][:1].clone()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     refused(folder, "another shape|cannot be read")
 
 
@@ -152,8 +172,10 @@ def test_prompts_that_continuations_cannot_share(tmp_path):
 
 
 def test_what_does_not_fit_the_memory_is_refused_before_its_weights_are_read(qwen3):
-    with mock.patch("plumbing.weights.free_bytes", return_value=1000), mock.patch(
-            "plumbing.hub.filled", side_effect=AssertionError("read")):
+    with (
+        mock.patch("plumbing.weights.free_bytes", return_value=1000),
+        mock.patch("plumbing.hub.filled", side_effect=AssertionError("read")),
+    ):
         refused(qwen3, "needs .* GB as float32 on cpu")
 
 
@@ -193,7 +215,18 @@ def test_bad_input_on_the_command_line_is_one_line(qwen3, tiny_base, tmp_path, c
     data = write_data(tmp_path, 2)
     image = str(data / "00000.png")
     common = ["--device", "cpu"]
-    code = caption.main([image, "--base", str(qwen3), "--adapters", "none", "--caption-prompt", "a <|im_end|>", *common])
+    code = caption.main(
+        [
+            image,
+            "--base",
+            str(qwen3),
+            "--adapters",
+            "none",
+            "--caption-prompt",
+            "a <|im_end|>",
+            *common,
+        ]
+    )
     assert "--caption-prompt: spells <|im_end|>" in one_line(capsys, code)
     small = tmp_path / "small"
     shutil.copytree(qwen3, small)
@@ -208,20 +241,34 @@ def test_bad_input_on_the_command_line_is_one_line(qwen3, tiny_base, tmp_path, c
     model = open_base(tiny_base)
     adapters.attach(model, "caption")
     adapters.save(model, tmp_path / "other", "caption")
-    code = caption.main([image, "--base", str(qwen3), "--adapters", str(tmp_path / "other"), *common])
+    code = caption.main(
+        [image, "--base", str(qwen3), "--adapters", str(tmp_path / "other"), *common]
+    )
     assert "is another base" in one_line(capsys, code)
-    code = sft.main(["--base", str(tmp_path), "--data", str(data / "captions.jsonl"), "--out", str(tmp_path / "o")])
+    code = sft.main(
+        [
+            "--base",
+            str(tmp_path),
+            "--data",
+            str(data / "captions.jsonl"),
+            "--out",
+            str(tmp_path / "o"),
+        ]
+    )
     assert "config.json" in one_line(capsys, code)
 
 
-@pytest.mark.parametrize("stage, argv, match", [
-    (golden, ["--images", ".", "--captioner", "none", "--qa", "none"], "needs --base"),
-    (golden, ["--images", ".", "--captioner", "none", "--base", "x"], "goes with --qa none"),
-    (golden, ["--images", ".", "--caption-prompt", "x"], "remember theirs"),
-    (golden, ["--images", ".", "--calibrate", "x"], "leave it out"),
-    (dpo, ["--caption-prompt", "x"], "remember theirs"),
-    (sft, ["--caption-prompt", "x", "--init", "y"], "remember theirs"),
-])
+@pytest.mark.parametrize(
+    "stage, argv, match",
+    [
+        (golden, ["--images", ".", "--captioner", "none", "--qa", "none"], "needs --base"),
+        (golden, ["--images", ".", "--captioner", "none", "--base", "x"], "goes with --qa none"),
+        (golden, ["--images", ".", "--caption-prompt", "x"], "remember theirs"),
+        (golden, ["--images", ".", "--calibrate", "x"], "leave it out"),
+        (dpo, ["--caption-prompt", "x"], "remember theirs"),
+        (sft, ["--caption-prompt", "x", "--init", "y"], "remember theirs"),
+    ],
+)
 def test_flags_that_do_not_go_together(stage, argv, match, capsys):
     with pytest.raises(SystemExit) as stop:
         stage.parse_args(argv)
@@ -230,7 +277,16 @@ def test_flags_that_do_not_go_together(stage, argv, match, capsys):
 
 def test_no_family_is_named_outside_base_and_hf_model():
     """Stages, decoding and adapters know the interface and no model by name."""
-    kinds = ("qwen3_vl", "qwen2_5_vl", "internvl", "gemma", "smolvlm", "llava", "isinstance(model", "hf_model")
+    kinds = (
+        "qwen3_vl",
+        "qwen2_5_vl",
+        "internvl",
+        "gemma",
+        "smolvlm",
+        "llava",
+        "isinstance(model",
+        "hf_model",
+    )
     for file in ("sft", "qa_adapter", "golden", "dpo", "caption", "generate", "adapters"):
         text = (CODE / f"{file}.py").read_text().lower()
         assert not [kind for kind in kinds if kind in text], file

@@ -31,7 +31,9 @@ def model(family):
 
 def pictures(n, side=60, seed=0):
     rng = np.random.default_rng(seed)
-    return [Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)) for _ in range(n)]
+    return [
+        Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)) for _ in range(n)
+    ]
 
 
 def floats(inputs):
@@ -43,7 +45,7 @@ def shaken(model, name="caption", seed=0, **how):
     """Adapters that are not the identity."""
     adapters.attach(model, name, reduction=4, **how)
     generator = torch.Generator().manual_seed(seed)
-    for n, p in model.named_parameters():
+    for p in model.parameters():
         if p.requires_grad:
             p.data += 0.3 * torch.randn(p.shape, generator=generator) / p.shape[-1] ** 0.5
     return model
@@ -58,9 +60,15 @@ def test_ids_are_the_processors_and_logits_the_plain_models(family, model):
     content = [{"type": "image"}] * 3 + [{"type": "text", "text": model.caption_text}]
     content[:3] = [{"type": "image", "image": image} for image in seen]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
-        return_tensors="pt", chat_template=processor.chat_template, processor_kwargs=model.prompts.options,
-        enable_thinking=False)
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        chat_template=processor.chat_template,
+        processor_kwargs=model.prompts.options,
+        enable_thinking=False,
+    )
     look = model.look(pictures(3))
     ids = model.caption_prompt(look)
     assert ids == inputs["input_ids"][0].tolist()
@@ -102,8 +110,12 @@ def test_a_block_whose_slots_give_zero_is_the_identity(model):
     for tower in model.towers.values():
         for attention, _, _ in hf_blocks(tower):
             block = parent_of(tower, attention)
-            block.register_forward_hook(lambda module, args, kwargs, output: seen.append(
-                (args[0] if args else next(iter(kwargs.values())), output)), with_kwargs=True)
+            block.register_forward_hook(
+                lambda module, args, kwargs, output: seen.append(
+                    (args[0] if args else next(iter(kwargs.values())), output)
+                ),
+                with_kwargs=True,
+            )
     for tower in ("vision", "language"):
         for slot, *_ in model.places(tower):
             slot["zero"], slot.stack = Zero(), ("zero",)
@@ -167,7 +179,7 @@ TEXTS = ("a red cup, two dogs", "a table", "grass, a man in a blue hat")
 
 def separate(model, look, texts):
     prompt, targets = rows_of(model, look, texts)
-    return [model(torch.tensor([prompt + ids]), [look])[0, len(prompt):] for ids in targets]
+    return [model(torch.tensor([prompt + ids]), [look])[0, len(prompt) :] for ids in targets]
 
 
 def packed(model, look, texts):
@@ -175,7 +187,7 @@ def packed(model, look, texts):
     ids, branch = list(prompt), [0] * len(prompt)
     for k, target in enumerate(targets, 1):
         ids, branch = ids + target, branch + [k] * len(target)
-    logits = model(torch.tensor([ids]), [look], branch=torch.tensor([branch]))[0, len(prompt):]
+    logits = model(torch.tensor([ids]), [look], branch=torch.tensor([branch]))[0, len(prompt) :]
     return logits.split([len(target) for target in targets])
 
 
@@ -196,7 +208,9 @@ def test_packed_gradients_are_those_of_separate_rows(model, checkpointing):
     for way in (packed, separate):
         loss = sum(part.log_softmax(-1)[:, 5].sum() for part in way(model, look, TEXTS))
         loss.backward()
-        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        gradients.append(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        )
         model.zero_grad()
     assert gradients[0].keys() == gradients[1].keys() and gradients[0]
     assert all(n in gradients[0] for n in adapters.names_of(model, "caption"))
@@ -216,7 +230,7 @@ def test_rows_of_a_batch_do_not_see_each_other_or_their_padding(model):
     for kind in (None, branch):
         batch = model(ids, together(looks), mask, branch=kind)
         for row, logits, wanted in zip(rows, batch, alone):
-            assert (logits[:len(row)] - wanted[0]).abs().max() <= 5e-5
+            assert (logits[: len(row)] - wanted[0]).abs().max() <= 5e-5
 
 
 def test_log_probabilities_are_those_of_the_logits(model):
@@ -234,10 +248,17 @@ def test_log_probabilities_are_those_of_the_logits(model):
 def test_greedy_is_generate(model):
     look = model.look(pictures(2))
     ids = torch.tensor([model.caption_prompt(look)])
-    inputs = model.prompts.inputs([p.resize((model.image_size,) * 2, Image.BICUBIC) for p in pictures(2)],
-                                  model.caption_text)
-    wanted = model.hf.generate(**floats(inputs), max_new_tokens=12, do_sample=False, eos_token_id=None,
-                               pad_token_id=0, suppress_tokens=model.never)[:, ids.shape[1]:]
+    inputs = model.prompts.inputs(
+        [p.resize((model.image_size,) * 2, Image.BICUBIC) for p in pictures(2)], model.caption_text
+    )
+    wanted = model.hf.generate(
+        **floats(inputs),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        suppress_tokens=model.never,
+    )[:, ids.shape[1] :]
     assert generate.greedy(model, ids, [look], max_new_tokens=12).tolist() == wanted.tolist()
 
 
@@ -247,7 +268,9 @@ def test_samples_on_a_shared_prefix_are_separate_samples(model):
     prompts = [model.caption_prompt(look) for look in looks]
     n, room = 3, 6
     rng = np.random.default_rng(0)
-    tokens = torch.tensor(rng.choice(model.answer("a red cup and two dogs on the grass"), (2 * n, room)))
+    tokens = torch.tensor(
+        rng.choice(model.answer("a red cup and two dogs on the grass"), (2 * n, room))
+    )
     with generate.evaluating(model):
         cache, logits = generate.prefill(model, torch.tensor(prompts), looks, None, n, room)
         steps = [logits]
@@ -255,7 +278,7 @@ def test_samples_on_a_shared_prefix_are_separate_samples(model):
             steps.append(generate.decode(model, cache, tokens[:, t]))
         for row in range(2 * n):
             plain = torch.tensor([prompts[row // n] + tokens[row].tolist()])
-            wanted = model(plain, [looks[row // n]])[0, len(prompts[0]) - 1:-1]
+            wanted = model(plain, [looks[row // n]])[0, len(prompts[0]) - 1 : -1]
             ours = torch.stack([step[row] for step in steps])
             allowed = ours.isfinite()
             assert (ours - wanted)[allowed].abs().max() <= 1e-4
@@ -317,5 +340,3 @@ def test_memory_is_estimated(model):
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     one, four = (model.training_bytes(trained, 1, rows) for rows in (1, 4))
     assert 0 < one < four and model.cache_bytes > 0
-
-
