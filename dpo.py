@@ -20,7 +20,6 @@ What the source, the blog post ATAC-Qwen-VL, leaves open:
  4. the cross entropy has weight 1 and is divided by the number of the chosen caption's tokens, as
     in iterative RPO (https://arxiv.org/abs/2404.19733, eq. 1)
 """
-import contextlib
 import functools
 import hashlib
 import json
@@ -189,9 +188,8 @@ def reference_logps(args, ranks, model, boxes, rows, start_hash):
 def score_row(model, example, row, device):
     """The log-probs of all captions of a row, by name."""
     logps = caption_logps(model, [example], model.tokenizer.eos_id, device)[0].tolist()
-    n = len(row["rejected_ids"])
-    answer = {"chosen": logps[0], "rejected": logps[1:1 + n]}
-    return {**answer, "mismatched": logps[1 + n]} if "mismatched_ids" in row else answer
+    answer = {"chosen": logps[0], "rejected": logps[1:1 + len(row["rejected_ids"])]}
+    return {**answer, "mismatched": logps[-1]} if "mismatched_ids" in row else answer
 
 
 # ---------------------------------------------------------------- examples
@@ -342,9 +340,11 @@ def watch(ranks, model, images, boxes, seed):
     """Caption some images -> mean length, share with an end token, share with repeats."""
     captions = []
     for image in images[ranks.rank::ranks.world]:
-        with contextlib.suppress(InputError):           # reported with the held-out rows
+        try:
             seen = model.look(crops(open_image(image), model.image_size, boxes))
-            captions += sample(model, [seen], [image.name], 1, seed=seed)[0]
+        except InputError:                              # reported with the held-out rows
+            continue
+        captions += sample(model, [seen], [image.name], 1, seed=seed)[0]
     captions = ranks.gather(captions)
     return {f"watch/{name}": value for name, value in scoring.habits(captions).items()}
 

@@ -177,7 +177,8 @@ def enough_memory(what):
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        words = ("out of memory", "allocate memory", "not enough memory")
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise
         raise InputError(f"out of memory with {what}") from None
 
@@ -278,17 +279,27 @@ def yes_probability(model, views, questions):
 def answers(model, boxes, rows, report):
     """P(yes) and truth of question rows, image by image: two lists. report: gets the reason where
     an image cannot be read."""
-    p_yes, truth = [], []
-    for image in dict.fromkeys(row["image"] for row in rows):
-        about = [row for row in rows if row["image"] == image]
+    about, p_yes, truth = defaultdict(list), [], []
+    for row in rows:
+        about[row["image"]].append(row)
+    for image, asked in about.items():
         try:
             images = model.look(crops(open_image(image), model.image_size, boxes))
         except InputError as error:
             report(str(error))
             continue
-        p_yes += yes_probability(model, images, [row["question"] for row in about]).tolist()
-        truth += [row["yes"] for row in about]
+        p_yes += yes_probability(model, images, [row["question"] for row in asked]).tolist()
+        truth += [row["yes"] for row in asked]
     return p_yes, truth
+
+
+def ask_together(model, boxes, rows, ranks):
+    """The `answers` of all ranks, each asked a share of the rows -> P(yes), truth, and [(where,
+    reason)] of the images that cannot be read."""
+    unread = []
+    p_yes, truth = answers(model, boxes, rows[ranks.rank::ranks.world],
+                           lambda reason: unread.append(("questions", reason)))
+    return ranks.gather(p_yes), ranks.gather(truth), ranks.gather(unread)
 
 
 # ---------------------------------------------------------------- the gate
@@ -335,20 +346,20 @@ def calibrated(questions, path, ranks, open_model, boxes):
 
     The model is opened, by open_model(), only if it has to be asked; all ranks ask together.
     """
-    if not all(ranks.gather([path.is_file()])):
-        rows, bad = data.read_questions(questions)
-        p_yes, truth = answers(open_model(), boxes, rows[ranks.rank::ranks.world],
-                               lambda reason: bad.append((str(questions), reason)))
-        p_yes, truth = ranks.gather(p_yes), ranks.gather(truth)
+    rows, bad = data.read_questions(questions)
+    known = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if not all(ranks.gather([known.get("rows") == data.rows_hash(rows)])):
+        p_yes, truth, unread = ask_together(open_model(), boxes, rows, ranks)
         if not truth:
             raise InputError(f"{questions}: none of its images can be read")
         threshold = calibrate(p_yes, truth)
+        known = {"threshold": threshold, "questions": len(truth), "rows": data.rows_hash(rows),
+                 **gate(p_yes, truth, threshold)}
         if ranks.is_master:
-            data.report_bad("golden.py", bad)
-            files.write_json(path, {"threshold": threshold, "questions": len(truth),
-                                    **gate(p_yes, truth, threshold)})
+            data.report_bad("golden.py", bad + unread)
+            files.write_json(path, known)
         ranks.barrier()
-    return json.loads(path.read_text("utf-8"))["threshold"]
+    return known["threshold"]
 
 
 # ---------------------------------------------------------------- loops

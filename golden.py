@@ -379,6 +379,9 @@ def run(args, ranks):
     boxes = adapters.views_of(args.captioner, args.views)
     qa = read_qa(args) if {"verify", "compose"} & set(args.passes) else {}
     prompts = open_base(base_of(args), weights_too=False, caption_prompt=args.caption_prompt)
+    if args.captioner:
+        card = adapters.read_card(args.captioner)
+        prompts.caption_text = card.get("caption_prompt", prompts.caption_text)
     room_left(prompts, len(boxes))              # refuses a context too short for the prompt
     args.out.mkdir(parents=True, exist_ok=True)
     settings = settings_of(args, qa, prompts.caption_text)

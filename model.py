@@ -415,7 +415,7 @@ class QwenVL(Adaptable):
 
         ids (B, L) int64, image spans as in `head`; images (N, 3, S, S), normalised, in the
         order of the spans; mask (B, L) bool, False = padding; branch (B, L) int, 0 = prefix, k =
-        its k-th continuation; positions int64, (K,) or (B, K); cache: a generate.Cache.
+        its k-th continuation; positions int64, (K,) or (B, K); cache: from `cache`.
         logp_of (B, K) int64: the log-probability of each of these tokens after its position, in
         float32. -100 is padding, at any valid position: it costs no logits and gives 0.
         Dynamic NTK and logn act in eval mode only, by the logical length of each sequence.

@@ -27,7 +27,7 @@ import torch
 import adapters
 from base import open_base
 from chunking import LAYOUTS, crops
-from generate import answers, calibrate, gate
+from generate import answers, ask_together, calibrate, gate
 from plumbing import arguments, data, train
 from plumbing.images import open_image
 
@@ -100,11 +100,10 @@ def test(args, ranks):
     adapters.load(model, args.init)
     adapters.load(model, args.out)
     rows, _ = fit_context(model, len(boxes), rows, bad)
-    own = data.need_rows(args.test, rows, bad)[0][ranks.rank::ranks.world]
-    p_yes, truth = answers(model, boxes, own, lambda reason: bad.append((reason, "left out")))
-    p_yes, truth = ranks.gather(p_yes), ranks.gather(truth)
+    data.need_rows(args.test, rows, bad)
+    p_yes, truth, unread = ask_together(model, boxes, rows, ranks)
     if ranks.is_master:
-        data.report_bad("qa_adapter.py", bad)
+        data.report_bad("qa_adapter.py", bad + unread)
         for name, level in (("at .5", 0.5), ("calibrated", card.get("threshold", 0.5))):
             figures = gate(p_yes, truth, level) if truth else {}
             listed = ", ".join(f"{key} {value:.3f}" for key, value in figures.items())

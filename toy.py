@@ -103,7 +103,7 @@ def check_same(out, args, *names):
         arguments["base"] = os.path.realpath(args.base)
     kept = json.loads(path.read_text("utf-8")) if path.is_file() else arguments
     for name in names:
-        if kept.get(name) != arguments[name]:
+        if kept.get(name, arguments[name]) != arguments[name]:
             raise InputError(f"{out}: holds a run with another --{name.replace('_', '-')} "
                              f"({kept.get(name)}, now {arguments[name]}); delete it or give "
                              "another --out")
