@@ -33,6 +33,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # images are decoded
 
 CAPTION_PROMPT = ("Describe the image in short factual statements, separated by commas: every "
                   "object with color, number, place and details, and all text. No filler.")
+USUAL = 4096            # tokens of the context of a model that does not say
 LONG_CAPTION = 512      # tokens behind a prompt, for estimates of memory
 
 
@@ -107,7 +108,7 @@ class HFModel(Adaptable):
         super().__init__()
         self.hf, self.config = hf, hf.config
         self.text_config = hf.config.get_text_config()
-        self.seq_length = self.text_config.max_position_embeddings
+        self.seq_length = getattr(self.text_config, "max_position_embeddings", None) or USUAL
         self.image_size = view_side(processor.image_processor, hf.config)
         tokenizer = ChatTokenizer(processor.tokenizer, hf.config, hf.generation_config)
         self.start(base, tokenizer, CAPTION_PROMPT)
@@ -134,18 +135,21 @@ class HFModel(Adaptable):
         dtype = dtype or weights.usual_dtype(device)
         name = os.path.expanduser(str(name))
         config, processor = hub.read_config(name), hub.read_processor(name)
-        empty = hub.on_meta(config)
+        empty = hub.on_meta(name, config)
         check_towers(name, empty)
-        if not weights_too:
-            return cls(empty, processor, name)
-        weights.check_fits(empty, name, dtype, device)
-        hf = hub.filled(name, config, dtype, device)
-        model = cls(hf, processor, name)
-        model.fingerprint = hub.fingerprint(hf)
+        with hub.understood(name, config.model_type):
+            model = cls(empty, processor, name)
         if model.tokenizer.eos_id is None:
             raise InputError(f"{name}: neither its template nor its tokenizer ends an answer; give "
                              "another base")
-        try_out(model, name)
+        if not weights_too:
+            return model
+        weights.check_fits(empty, name, dtype, device)
+        hf = hub.filled(name, config, dtype, device)
+        with hub.understood(name, config.model_type):
+            model = cls(hf, processor, name)
+            model.fingerprint = hub.fingerprint(hf)
+            try_out(model, name)
         return model.eval()
 
     def save(self, folder):

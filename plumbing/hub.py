@@ -3,6 +3,7 @@
 Nothing is downloaded before it is known that the model is one that runs here and fits the memory,
 and no code of a checkpoint's own is ever run.
 """
+import contextlib
 import hashlib
 import logging
 import re
@@ -48,16 +49,21 @@ def read_config(name):
     return config
 
 
+def check_package(name, part, error):
+    """InputError that names the package whose lack was the error."""
+    package = PACKAGE.search(str(error))
+    if isinstance(error, ImportError) and package:
+        package = next(filter(None, package.groups())).lower()
+        raise InputError(f"{name}: its {part} needs the package {package}; pip install "
+                         f"{package}") from None
+
+
 def read_processor(name):
     """A base's processor. InputError where it is missing, or a package that it needs."""
     try:
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
-        package = PACKAGE.search(str(error))
-        if isinstance(error, ImportError) and package:
-            package = next(filter(None, package.groups()))
-            raise InputError(f"{name}: its processor needs the package {package.lower()}; pip "
-                             f"install {package.lower()}") from None
+        check_package(name, "processor", error)
         raise InputError(f"{name}: has no processor that can be read ({one_line(error)}); a base "
                          "needs its tokenizer and preprocessor files") from None
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
@@ -67,10 +73,29 @@ def read_processor(name):
     return processor
 
 
-def on_meta(config):
-    """The model of a configuration without its numbers, to look at."""
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").eval()
+def on_meta(name, config):
+    """The model of a configuration without its numbers, to look at. InputError where transformers
+    cannot build it with its usual attention."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(
+                config, attn_implementation="sdpa", trust_remote_code=False).eval()
+    except Exception as error:
+        check_package(name, "model", error)
+        raise InputError(f"{name}: a {config.model_type} model cannot be built here "
+                         f"({one_line(error)})") from None
+
+
+@contextlib.contextmanager
+def understood(name, kind):
+    """Inside, any failure of a model that is tried out is an InputError in one line."""
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"{name}: a {kind} model is not understood here ({one_line(error)}); give "
+                         "another base") from error
 
 
 def filled(name, config, dtype, device):

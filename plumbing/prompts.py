@@ -38,7 +38,8 @@ class Prompts:
 
     def __init__(self, processor, tokenizer, image_size):
         self.processor, self.tokenizer, self.image_size = processor, tokenizer, image_size
-        self.template = processor.chat_template or processor.tokenizer.chat_template
+        self.template = (getattr(processor, "chat_template", None)
+                         or getattr(processor.tokenizer, "chat_template", None))
         if not self.template and not getattr(processor, "image_token", None):
             raise InputError("the base has no chat template, and no image token to do without")
         self.marker_id = self.marker = None

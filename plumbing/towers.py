@@ -39,9 +39,9 @@ def projections(attention):
 def check_towers(name, hf):
     """InputError where adapters would not find a place in every block of both towers."""
     vision, language = hf.get_encoder(modality="image"), hf.get_decoder()
-    n_layers = hf.config.get_text_config().num_hidden_layers
+    n_layers = getattr(hf.config.get_text_config(), "num_hidden_layers", None)
     kind = hf.config.model_type
-    if vision is hf or vision is hf.base_model or not blocks(vision):
+    if vision in (None, hf, hf.base_model) or not blocks(vision):
         raise InputError(f"{name}: the vision tower of {kind} has no blocks with an attention and "
                          "an MLP, behind which adapters stand")
     if len(blocks(language)) != n_layers:

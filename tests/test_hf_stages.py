@@ -297,12 +297,8 @@ def test_the_loop_from_a_bare_base(kind, bases, data, tmp_path, capsys):
     assert (
         made["sample"]["caption_prompt"] == "a red circle:" and made["compose"]["threshold"] == 0.0
     )
-    assert (
-        run(
-            dpo, "--init", "none", "--data", out / "golden/golden.jsonl", "--out", out / "dpo", *FEW
-        )
-        == 0
-    )
+    argv = ["--init", "none", "--data", out / "golden/golden.jsonl", "--out", out / "dpo", *FEW]
+    assert run(dpo, *argv, "--lr", 0.05) == 0
     card = adapters.read_card(out / "dpo")
     assert (
         card["base"] == str(base)
@@ -376,3 +372,58 @@ def test_dpo_without_a_base_says_what_to_give(data, tmp_path, capsys):
         tmp_path / "dpo",
     )
     assert code == 1 and "give --base" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_another_file_of_questions_is_asked_again(bases, data, tmp_path):
+    rows = read_rows(data / "questions.jsonl")
+    argv = [
+        "--images",
+        data,
+        "--captioner",
+        "none",
+        "--qa",
+        "none",
+        "--base",
+        bases("qwen3_vl"),
+        "--samples",
+        1,
+    ]
+    argv += ["--max-new-tokens", 4, "--min-statements", 1, "--out", tmp_path / "golden"]
+    for n in (8, 12):
+        for file in (tmp_path / "golden").glob("compose-*.jsonl"):
+            file.unlink()
+        some = [{**row, "image": str(data / row["image"])} for row in rows[:n]]
+        file = write_rows(tmp_path / f"{n}.jsonl", some)
+        assert run(golden, *argv, "--calibrate", file) == 0
+        assert json.loads((tmp_path / "golden/calibration.json").read_text())["questions"] == n
+
+
+def test_the_room_of_a_golden_caption_is_that_behind_the_captioners_prompt(
+    data, tmp_path, tiny_base
+):
+    prompt = "a red circle " * 4
+    argv = ["--base", tiny_base, "--data", data / "captions.jsonl", "--out", tmp_path / "sft", *FEW]
+    assert run(sft, *argv, "--caption-prompt", prompt) == 0
+    seen = []
+    room_left = golden.room_left
+
+    def remembered(*args):
+        seen.append(room_left(*args))
+        return seen[-1]
+
+    argv = [
+        "--images",
+        data,
+        "--captioner",
+        tmp_path / "sft",
+        "--qa",
+        "none",
+        "--samples",
+        1,
+        "--max-new-tokens",
+        4,
+    ]
+    with mock.patch.object(golden, "room_left", remembered):
+        assert run(golden, *argv, "--min-statements", 1, "--out", tmp_path / "golden") == 0
+    model = open_base(tiny_base, caption_prompt=prompt)
+    assert seen[0] == model.seq_length - len(model.caption_prompt(6))
