@@ -114,7 +114,18 @@ def filled(name, config, dtype, device):
     for key, status in (("missing_keys", "lack"), ("mismatched_keys", "have another shape of")):
         if tensors := sorted(map(str, info[key])):
             raise InputError(f"{name}: the weights {status} {tensors[0]}; fetch them again")
+    without_dropout(model)
     return model.to(device).eval()
+
+
+def without_dropout(model):
+    """Switch dropout off for good: policy and reference must differ by what was learned alone."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def fingerprint(model):

@@ -11,6 +11,7 @@ import adapters
 import generate
 from base import open_base
 from plumbing.data import together
+from plumbing.towers import blocks
 
 REFUSED = ("paligemma",)
 WORKING = [name for name in families.FAMILIES if name not in REFUSED]
@@ -107,20 +108,19 @@ def test_fresh_adapters_change_nothing(model):
 def test_a_block_whose_slots_give_zero_is_the_identity(model):
     """So adapters stand where they change all that a block adds, and nothing else."""
     look, seen = model.look(pictures(2)), []
-    for tower in model.towers.values():
-        for attention, _, _ in hf_blocks(tower):
-            block = parent_of(tower, attention)
+    for name, tower in model.towers.items():
+        for attention, _, _ in blocks(tower)[: len(model.slots[name])]:
+            block = next(m for m in tower.modules() if attention in m.children())
             block.register_forward_hook(
                 lambda module, args, kwargs, output: seen.append(
-                    (args[0] if args else next(iter(kwargs.values())), output)
+                    ((*args, *kwargs.values())[0], output)
                 ),
                 with_kwargs=True,
             )
-    for tower in ("vision", "language"):
-        for slot, *_ in model.places(tower):
+        for slot, *_ in model.places(name):
             slot["zero"], slot.stack = Zero(), ("zero",)
     model(torch.tensor([model.caption_prompt(look)]), [look])
-    assert len(seen) >= sum(len(model.places(tower)) for tower in model.towers) // 2
+    assert len(seen) >= sum(len(slots) for slots in model.slots.values())
     for before, after in seen:
         after = after[0] if isinstance(after, tuple) else after
         assert torch.equal(after.squeeze(), before.squeeze())
@@ -129,16 +129,6 @@ def test_a_block_whose_slots_give_zero_is_the_identity(model):
 class Zero(torch.nn.Module):
     def forward(self, x):
         return torch.zeros_like(x)
-
-
-def hf_blocks(tower):
-    from hf_model import blocks
-
-    return blocks(tower)
-
-
-def parent_of(tower, child):
-    return next(m for m in tower.modules() if child in m.children())
 
 
 def test_adapters_of_both_towers_act_and_switch(model):
@@ -340,3 +330,23 @@ def test_memory_is_estimated(model):
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     one, four = (model.training_bytes(trained, 1, rows) for rows in (1, 4))
     assert 0 < one < four and model.cache_bytes > 0
+
+
+def test_vision_layers_that_nothing_reads_get_no_adapters(family, model):
+    """LLaVA takes the features before its last vision layer; DDP would wait for gradients there."""
+    adapters.attach(model, "caption", reduction=4)
+    look = model.look(pictures(2))
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.1
+    model(torch.tensor([model.caption_prompt(look)]), [look]).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    n_blocks = len(blocks(model.towers["vision"]))
+    assert len(model.slots["vision"]) == n_blocks - (family[0] == "llava")
+
+
+def test_dropout_is_off_in_training(model):
+    look = model.look(pictures(2))
+    ids = torch.tensor([model.caption_prompt(look)])
+    model.train()
+    assert torch.equal(model(ids, [look]), model(ids, [look]))
