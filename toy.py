@@ -8,6 +8,7 @@ WRITES  out/toy: data, a folder per stage, commands.jsonl, results.json, sheet.p
     python toy.py --rounds 3 --processes 2      # three rounds, each stage under torchrun
     python toy.py --base assets/toy-qwen3-vl    # on a Qwen3-VL of transformers, which errs more
     python toy.py --base assets/toy-qwen3-vl --no-data      # from images alone
+    python toy.py pool out/toy out/toy-1        # table and gains of runs with several seeds
     python toy.py claims --only rounds          # test what the source claims, with several seeds
     python toy.py pretrain                      # train the base in assets/toy
     python toy.py report --base assets/toy      # what that base sees and invents on unseen scenes
@@ -51,7 +52,8 @@ def parse_args(argv):
     parser.add_argument("--processes", type=int, default=1,
                         help="processes per stage, under torchrun if more than 1")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes and of all stages")
-    commands = parser.add_subparsers(dest="command", metavar="claims | pretrain | report | scenes")
+    commands = parser.add_subparsers(dest="command",
+                                     metavar="pool | claims | pretrain | report | scenes")
     add_commands(commands, defaults)
     args = parser.parse_args(argv)
     if args.command and argv[0] != args.command:
@@ -66,6 +68,10 @@ def parse_args(argv):
 def add_commands(commands, defaults):
     p = commands.add_parser("claims", help="test what the source claims", formatter_class=defaults)
     claims.add_flags(p)
+    p = commands.add_parser("pool", help="table and gains of several runs together",
+                            formatter_class=defaults)
+    p.add_argument("runs", type=Path, nargs="+", help="folders of runs that differ in the seed")
+    p.add_argument("--json", type=Path, help="file for the figures")
     p = commands.add_parser("pretrain", help="train the toy base", formatter_class=defaults)
     p.add_argument("--out", type=Path, default=Path("out/toy-base"), help="folder of the base")
     p.add_argument("--like", choices=("qwen_vl", "qwen3_vl"), default="qwen_vl",
@@ -156,14 +162,8 @@ def finish(args, results, held_out, truth):
                              "union": figures["combined"], "gate": figures["gate"]}
     files.write_json(out / "results.json", results)
     print("\n" + "\n".join(table(results)) + "\n")
-    start = before = "base" if args.no_data else "sft"
-    changes = {}
-    for k in range(1, args.rounds + 1):
-        after = f"round-{k}"
-        changes[f"round{k}"] = gains(out, before, after, truth)
-        print(f"round {k} against {before.replace('-', ' ')}: {in_words(changes[f'round{k}'])}")
-        before = after
-    files.write_json(out / "gains.json", changes)
+    start = "base" if args.no_data else "sft"
+    files.write_json(out / "gains.json", all_gains([out], start, args.rounds))
     folders = {} if args.no_data else {"sft": out / "sft"}
     folders |= {f"round{k}": out / f"dpo-{k}" for k in range(1, args.rounds + 1)}
     best = folders[max(folders, key=lambda name: both_f1(results[name]))]
@@ -219,17 +219,58 @@ def read_captions(out, name, way):
     return toy_rows(out / f"captions/{name}-{way}.jsonl")
 
 
-def gains(out, before, after, truth):
+def gains(runs, before, after):
     """The change of precision, recall and F1 between two captioners, with 95 % intervals.
 
-    {"greedy" | "sampled": {metric: [change, low, high]}}
+    {"greedy" | "sampled": {metric: [change, low, high]}}, over the scenes of all runs.
     """
-    rows, changes = toy_rows(truth), {}
+    changes = {}
     for way in ("greedy", "sampled"):
-        captions = [read_captions(out, name, way) for name in (before, after)]
-        changes[way] = {metric: scoring.difference(*captions, rows, metric)
+        files = [[run / f"captions/{name}-{way}.jsonl" for run in runs] for name in (before, after)]
+        files.append([run / "truth/held-out.jsonl" for run in runs])
+        captions, new_captions, truth = map(rows_of_runs, files)
+        changes[way] = {metric: scoring.difference(captions, new_captions, truth, metric)
                         for metric in ("precision", "recall", "f1")}
     return changes
+
+
+def rows_of_runs(paths):
+    """The rows of files of several runs, images told apart by the run's number."""
+    return [{**row, "image": f"{k}/{row['image']}"}
+            for k, path in enumerate(paths) for row in toy_rows(path)]
+
+
+def all_gains(runs, start, rounds):
+    """`gains` of each round on the captioner before, printed as well: {"round1": …, …}."""
+    before, changes = start, {}
+    for k in range(1, rounds + 1):
+        after = f"round-{k}"
+        changes[f"round{k}"] = gains(runs, before, after)
+        print(f"round {k} against {before.replace('-', ' ')}: {in_words(changes[f'round{k}'])}")
+        before = after
+    return changes
+
+
+def pool(args):
+    """Print the mean table of several runs and the gains over all their scenes, and write both."""
+    for run in args.runs:
+        if not (run / "results.json").is_file():
+            raise InputError(f"{run}: no results.json in it; let the run finish first")
+    each = {str(run): json.loads((run / "results.json").read_text("utf-8")) for run in args.runs}
+    results = mean_of(list(each.values()))
+    print("\n" + "\n".join(table(results)) + "\n")
+    rounds = sum(name.startswith("round") for name in results)
+    changes = all_gains(args.runs, "sft" if "sft" in results else "base", rounds)
+    if args.json:
+        files.write_json(args.json, {"mean": results, "gains": changes, "each": each})
+
+
+def mean_of(values):
+    """The mean of equal trees of numbers, of those that are there."""
+    if isinstance(values[0], dict):
+        return {key: mean_of([value.get(key) for value in values if value]) for key in values[0]}
+    numbers = [value for value in values if isinstance(value, int | float)]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def in_words(changes):
@@ -296,8 +337,8 @@ def scenes(args):
 
 def main(argv=None):
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    commands = {None: loop, "claims": claims.main, "pretrain": pretrain, "report": base.report,
-                "scenes": scenes}
+    commands = {None: loop, "pool": pool, "claims": claims.main, "pretrain": pretrain,
+                "report": base.report, "scenes": scenes}
     try:
         commands[args.command](args)
     except InputError as error:

@@ -23,10 +23,11 @@ from PIL import Image
 import caption
 import plumbing.weights
 import toy
+from base import open_base
 from plumbing import scoring
 from plumbing.errors import InputError
+from toy_world import base, world
 from toy_world import steps as toy_steps
-from toy_world import world
 from toy_world.steps import CODE, Loop, make_split
 
 SIZES = {"--captions": 8, "--images": 6, "--held-out": 6, "--samples": 3}
@@ -369,7 +370,10 @@ def test_the_best_of_greedy_and_sampled_f1_together_is_named(
     monkeypatch.setattr(toy, "sheet", lambda *_: None)
     monkeypatch.setattr(toy, "gains", lambda *_: {})
     toy.finish(
-        SimpleNamespace(out=out, rounds=2, no_data=False), results_like(base=(0.9, 0.9), **scores), None, None
+        SimpleNamespace(out=out, rounds=2, no_data=False),
+        results_like(base=(0.9, 0.9), **scores),
+        None,
+        None,
     )
     assert (tmp_path / "out/best.txt").read_text().strip() == f"toy/{expected}"
     assert f"best: {out / expected}," in capsys.readouterr().out
@@ -894,7 +898,7 @@ def judged(tmp_path):
 
 
 def test_the_gain_of_a_round_is_the_difference_that_evaluate_py_reports(judged):
-    text = toy.in_words(toy.gains(judged.out, "sft", "round-1", judged.truth))
+    text = toy.in_words(toy.gains([judged.out], "sft", "round-1"))
     parts = re.findall(r"(greedy|sampled) (P|R|F1) ([+-]\S+) \[([+-]\S+), ([+-][.\d]+)\]", text)
     assert [part[:2] for part in parts] == [
         (way, name) for way in ("greedy", "sampled") for name in ("P", "R", "F1")
@@ -950,3 +954,67 @@ def test_the_sheet_shows_the_pictures_in_order_and_missing_facts_in_grey(judged)
         ],
     )
     assert grey("sft") > 3 * grey("full")  # in which only the labels are grey
+
+
+# ---------------------------------------------------------------- without data, and other bases
+def test_the_loop_without_data_needs_images_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--no-data", "--images", "10", "--held-out", "4", "--samples", "2", "--rounds", "2"]
+    assert toy.main([*argv, "--out", "toy"]) == 0
+    results = json.loads(Path("toy/results.json").read_text())
+    assert list(results) == ["base", "golden1", "round1", "golden2", "round2"]
+    made = [
+        json.loads(line)["command"] for line in Path("toy/commands.jsonl").read_text().splitlines()
+    ]
+    scripts = [command[0] for command in made]
+    assert not {"sft.py", "qa_adapter.py"} & set(scripts)
+    golden = [command for command in made if command[0] == "golden.py"]
+    dpo = [command for command in made if command[0] == "dpo.py"]
+    assert [command[command.index("--captioner") + 1].rsplit("/")[-1] for command in golden] == [
+        "none",
+        "dpo-1",
+    ]
+    assert [command[command.index("--qa") + 1] for command in golden] == ["none", "none"]
+    assert [command[command.index("--init") + 1].rsplit("/")[-1] for command in dpo] == [
+        "none",
+        "dpo-1",
+    ]
+    assert not list(Path("toy/data").glob("train*"))
+    assert set(json.loads(Path("toy/gains.json").read_text())) == {"round1", "round2"}
+    assert "round 1 against base: greedy P" in capsys.readouterr().out
+    assert toy.main([*argv[1:], "--out", "toy"]) == 1
+    assert "another --no-data" in capsys.readouterr().err
+
+
+def test_pooled_runs_are_the_mean_and_all_scenes_together(judged, tmp_path, capsys):
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for k, run in enumerate(runs):
+        shutil.copytree(judged.out / "captions", run / "captions")
+        shutil.copytree(judged.out / "truth", run / "truth")
+        figures = dict.fromkeys(toy.COLUMNS, 0.5 + k / 4)
+        stages.write_rows(
+            run / "results.json", [{"sft": {"greedy": figures}, "round1": {"greedy": figures}}]
+        )
+    assert toy.main(["pool", *map(str, runs), "--json", str(tmp_path / "pool.json")]) == 0
+    pooled = json.loads((tmp_path / "pool.json").read_text())
+    assert pooled["mean"]["sft"]["greedy"]["f1"] == 0.625 and set(pooled["each"]) == set(
+        map(str, runs)
+    )
+    alone = toy.gains([judged.out], "sft", "round-1")["greedy"]["precision"]
+    change, low, high = pooled["gains"]["round1"]["greedy"]["precision"]
+    assert change == pytest.approx(alone[0]) and alone[1] < low < change < high < alone[2]
+    assert "0.625" in capsys.readouterr().out
+    assert toy.main(["pool", str(tmp_path)]) == 1
+    assert "let the run finish first" in capsys.readouterr().err
+
+
+def test_the_toy_base_of_todays_kind(tmp_path):
+    """assets/toy-qwen3-vl: as transformers saves it, small, and good but not perfect."""
+    folder = Path(toy.__file__).parent / "assets/toy-qwen3-vl"
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 4e6
+    assert json.loads((folder / "config.json").read_text())["architectures"] == [
+        "Qwen3VLForConditionalGeneration"
+    ]
+    figures = base.measure(open_base(folder), 60, 7)["six views"]
+    assert 0.9 < figures["yes/no"]["all"][0] < 0.995
+    assert 0.8 < figures["precision"]["all"][0] < 0.99 and figures["recall"]["all"][0] > 0.8
