@@ -308,7 +308,7 @@ CARD = """---
 | {where} | {size} | {soft_prompt} | {count:,} |
 
 {use} All arguments are in `adapters.json`, every step is in `log.jsonl`.
-Adapters trained on Qwen-VL's weights come under the licence of those weights.
+Adapters come under the licence of their base's weights, too.
 """
 
 

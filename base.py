@@ -34,6 +34,7 @@ class Base(Protocol):
     device: torch.device
     dtype: torch.dtype
     cache_bytes: int                # of the keys and values of one token
+    packs: bool                     # whether branches share a row; else each has one, at a price
     caption_text: str               # what is asked for a caption; adapters remember it
     checkpointing: bool             # recompute the blocks of both towers in backward
     attached: dict                  # name of adapters -> how adapters.py attached them
@@ -105,7 +106,9 @@ def open_base(name, dtype=None, device="cpu", weights_too=True, caption_prompt=N
     else:
         kind = hf_model_class(name)
     model = kind.from_pretrained(name, dtype, device, weights_too)
-    if caption_prompt:
+    if caption_prompt is not None:
+        if not caption_prompt.strip():
+            raise InputError("--caption-prompt: is empty; leave it out for the base's own")
         if special := model.tokenizer.special_in(caption_prompt):
             raise InputError(f"--caption-prompt: spells {special[0]}, a special token of {name}; "
                              "write it without")

@@ -62,7 +62,8 @@ def evaluating(model):
 def greedy(model, ids, images, mask=None, max_new_tokens=16, eos_id=None):
     """Append the most likely token again and again -> new ids only (B, at most max_new_tokens).
 
-    ids, images, mask as in the model's forward, with padding on the left. Once a row has reached
+    ids, images, mask as in the model's forward, with padding on the left, for which a base of
+    transformers has no room: there, rows must be equally long. Once a row has reached
     eos_id it is filled with it; eos_id None never stops early.
     """
     if mask is not None and not bool(mask[:, -1].all()):
@@ -134,7 +135,8 @@ def images_at_once(model, n_views, samples, room):
     free = free_bytes(model.device)
     if free is None:
         return MOST_AT_ONCE
-    tokens = len(model.caption_prompt(n_views)) + samples * room
+    prefixes = 1 if model.packs else samples
+    tokens = prefixes * len(model.caption_prompt(n_views)) + samples * room
     return max(1, min(MOST_AT_ONCE, int(free / 2 / (model.cache_bytes * tokens))))
 
 

@@ -329,7 +329,8 @@ def open_judge(args, device):
 def read_qa(args):
     """{"hash", "threshold"} of the QA adapter. InputError where it is for another captioner."""
     if args.qa is None:
-        return {"hash": "none", "threshold": args.threshold, "calibrate": str(args.calibrate)}
+        asked = data.rows_hash(data.read_questions(args.calibrate)[0]) if args.calibrate else None
+        return {"hash": "none", "threshold": args.threshold, "calibrate": asked}
     card = adapters.read_card(args.qa)
     if card.get("parent_hash") != adapters.folder_hash(args.captioner):
         raise InputError(f"{args.qa}: was trained below the captioner {card.get('parent')}, and "

@@ -280,7 +280,7 @@ def language_block(c):
 # ---------------------------------------------------------------- the whole model
 class QwenVL(Adaptable):
     """A base as base.py describes it; tokenizer and base are None without a checkpoint."""
-    question_form = "{} Answer:"
+    question_form, packs = "{} Answer:", True
 
     def __init__(self, config, tokenizer=None, base=None):
         super().__init__()

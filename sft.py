@@ -146,7 +146,7 @@ def learn(args, ranks):
     model.train()
     model.checkpointing = True
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    policy = train.distributed(model, ranks)
+    policy = train.distributed(model, ranks, all_weights=args.tune == "full")
     optimizer = train.adamw(trained, args.weight_decay, ranks)
 
     # ---- examples

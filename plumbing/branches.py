@@ -42,6 +42,12 @@ def logical(ids, mask, branch):
     return Layout(place.expand_as(ids), branch)
 
 
+def take(where, place):
+    """The positions (..., B, L) of logical places (B, L), from those of all places (..., B, n)."""
+    shape = (*where.shape[:-2], *place.shape)
+    return where.expand(*shape[:-1], where.shape[-1]).gather(-1, place.expand(shape))
+
+
 def mask_of(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None, **rest):
     """transformers' mask interface: (B, 1, queries, keys) bool, True where a query sees a key."""
     if not current or current[-1] is None:

@@ -5,7 +5,6 @@ and no code of a checkpoint's own is ever run.
 """
 import contextlib
 import hashlib
-import logging
 import re
 
 import torch
@@ -17,6 +16,9 @@ from plumbing.errors import InputError
 REMOTE = re.compile("trust_remote_code|remote code|custom code")
 PACKAGE = re.compile(r"requires the (\w[\w.-]*) library|No module named '([\w.]+)'|"
                      r"`?(?:pip3? install|install) ([\w.-]+)")
+
+transformers.utils.logging.set_verbosity_error()        # what matters is checked here, and said
+transformers.utils.logging.disable_progress_bar()
 
 
 def one_line(error):
@@ -91,31 +93,33 @@ def understood(name, kind):
     """Inside, any failure of a model that is tried out is an InputError in one line."""
     try:
         yield
-    except (InputError, torch.OutOfMemoryError, MemoryError):
+    except InputError:
         raise
+    except (torch.OutOfMemoryError, MemoryError):
+        raise InputError(f"{name}: out of memory while it is tried out; it needs a larger card, or "
+                         "--device cpu") from None
     except Exception as error:
         raise InputError(f"{name}: a {kind} model is not understood here ({one_line(error)}); give "
                          "another base") from error
 
 
 def filled(name, config, dtype, device):
-    """The model with its weights, every tensor accounted for."""
-    transformers.utils.logging.disable_progress_bar()
-    loud = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity(logging.ERROR)
+    """The model with its weights, every tensor accounted for, and their fingerprint."""
+    stored = torch.bfloat16 if dtype == torch.float16 else dtype    # one fingerprint for all dtypes
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
-            name, config=config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False,
+            name, config=config, dtype=stored, attn_implementation="sdpa", trust_remote_code=False,
             output_loading_info=True)
     except Exception as error:
         raise InputError(f"{name}: its weights cannot be read ({one_line(error)})") from None
-    finally:
-        transformers.utils.logging.set_verbosity(loud)
     for key, status in (("missing_keys", "lack"), ("mismatched_keys", "have another shape of")):
         if tensors := sorted(map(str, info[key])):
             raise InputError(f"{name}: the weights {status} {tensors[0]}; fetch them again")
     without_dropout(model)
-    return model.to(device).eval()
+    mark = fingerprint(model)
+    for parameter in model.parameters():            # buffers, such as tables of angles, stay
+        parameter.data = parameter.data.to(dtype)
+    return model.to(device).eval(), mark
 
 
 def without_dropout(model):
@@ -123,7 +127,7 @@ def without_dropout(model):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "dropout"):
+        for name in ("attention_dropout", "dropout", "drop_prob"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
 

@@ -100,7 +100,12 @@ class Prompts:
             scale = LONGEST / math.prod(pictures[0].size) ** 0.5
             size = [max(1, round(length * scale)) for length in pictures[0].size]
             pictures = [pictures[0].resize(size, Image.BICUBIC)]
-        inputs = self.inputs(pictures, self.marker)
+        try:
+            inputs = self.inputs(pictures, self.marker)
+        except (ValueError, RuntimeError, TypeError) as error:      # an image that it cannot take
+            reason = str(error).strip().splitlines()[:1]
+            raise InputError(f"the base's processor refuses an image of {pictures[0].width}×"
+                             f"{pictures[0].height} pixels ({' '.join(reason)[:160]})") from None
         ids = inputs.pop("input_ids")[0].tolist()
         at = ids.index(self.marker_id)
         looks = {"head": torch.tensor(ids[:at]), "tail": torch.tensor(ids[at + 1:])}
@@ -120,3 +125,14 @@ class Prompts:
             picture = Image.new("RGB", (side, side), "gray")
             self.of_blank[n_views] = self.look([picture] * n_views)
         return self.of_blank[n_views]
+
+
+def joined(parts):
+    """Tensors one behind the other, smaller images padded with zeros as a processor does it."""
+    shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts))]
+    padded = []
+    for part in parts:
+        missing = [(0, most - size) for most, size in zip(shape, part.shape[1:])]
+        ends = [n for pair in reversed(missing) for n in pair]      # pad counts from the last one
+        padded.append(torch.nn.functional.pad(part, ends))
+    return torch.cat(padded)

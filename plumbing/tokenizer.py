@@ -184,7 +184,9 @@ class ChatTokenizer:
         if special or not self.reserved.intersection(ids):
             return ids
         # a placeholder that its tokenizer does not count as special: written in two halves
-        name = next(name for name in self._names.values() if name in text)
+        name = next((name for name in self._names.values() if len(name) > 1 and name in text), None)
+        if name is None:                        # letters that the vocabulary lacks
+            return [i for i in ids if i not in self.reserved]
         at = text.index(name) + 1
         return self.encode(text[:at]) + self.encode(text[at:])
 

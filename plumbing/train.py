@@ -122,11 +122,15 @@ def run_stage(script, device, stage, patient=False):
             ranks.close()
 
 
-def distributed(model, ranks):
-    """The model as the loop calls it: with several ranks, DDP averages its gradients over them."""
+def distributed(model, ranks, all_weights=False):
+    """The model as the loop calls it: with several ranks, DDP averages its gradients over them.
+
+    all_weights: the base trains as a whole, and some of it may have no part in the loss.
+    """
     if ranks.world == 1:
         return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True,
+                                   find_unused_parameters=all_weights)
 
 
 def announce(what, model, trained, ranks, micro_batch):

@@ -247,7 +247,7 @@ def release_memory(device):
 
 def check_fits(model, name, dtype, device):
     """InputError with both numbers where the weights are larger than the free memory."""
-    numbers = sum(t.numel() for t in model.state_dict().values())
+    numbers = sum(t.numel() for t in (*model.parameters(), *model.buffers()))   # tied ones once
     need, free = numbers * dtype.itemsize, free_bytes(device)
     if free is None or need <= free:
         return
@@ -268,7 +268,7 @@ def training_bytes(model, trained, world, towers, logits):
     block, in numbers per token, while it is recomputed.
     """
     size = model.dtype.itemsize
-    stored = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    stored = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     learning = sum(p.numel() for p in trained.values()) * (4 + 8 / world)
     kept = sum(tokens * width for tokens, width, _ in towers)
     recomputed = max(tokens * widest for tokens, _, widest in towers)

@@ -290,3 +290,27 @@ def test_no_family_is_named_outside_base_and_hf_model():
     for file in ("sft", "qa_adapter", "golden", "dpo", "caption", "generate", "adapters"):
         text = (CODE / f"{file}.py").read_text().lower()
         assert not [kind for kind in kinds if kind in text], file
+
+
+def test_an_empty_caption_prompt_is_refused(tiny_base):
+    with pytest.raises(InputError, match="--caption-prompt: is empty"):
+        open_base(tiny_base, caption_prompt=" ")
+
+
+def test_an_image_that_a_processor_refuses_is_one_error_among_captions(qwen3, tmp_path, capsys):
+    from PIL import Image
+
+    Image.new("RGB", (1000, 3)).save(tmp_path / "long.png")
+    Image.new("RGB", (40, 40)).save(tmp_path / "square.png")
+    argv = ["--base", str(qwen3), "--adapters", "none", "--views", "one", "--max-new-tokens", "3"]
+    code = caption.main([str(tmp_path), *argv, "--jsonl", "--device", "cpu"])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert code == 1 and "refuses an image of 1000×3" in rows[0]["error"] and "caption" in rows[1]
+
+
+def test_the_fingerprint_is_that_of_every_precision(qwen3):
+    marks = {
+        open_base(qwen3, dtype).fingerprint
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    }
+    assert len(marks) == 1

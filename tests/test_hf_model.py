@@ -350,3 +350,22 @@ def test_dropout_is_off_in_training(model):
     ids = torch.tensor([model.caption_prompt(look)])
     model.train()
     assert torch.equal(model(ids, [look]), model(ids, [look]))
+
+
+def test_images_of_other_shapes_share_a_batch(family, model):
+    """Single views keep their proportions; what a smaller one lacks is padded as its processor pads it."""
+    if family[0] == "lfm2_vl":
+        pytest.skip("its tiny configuration has fewer patches than such an image")
+    rng = np.random.default_rng(0)
+    images = [
+        Image.fromarray(rng.integers(0, 255, size, dtype=np.uint8))
+        for size in ((60, 80, 3), (80, 60, 3))
+    ]
+    looks = [model.look([image]) for image in images]
+    rows = [model.caption_prompt(look) for look in looks]
+    alone = [model(torch.tensor([row]), [look])[0] for row, look in zip(rows, looks)]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [model.tokenizer.eos_id] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[k < len(row) for k in range(longest)] for row in rows])
+    for row, logits, wanted in zip(rows, model(ids, together(looks), mask), alone):
+        assert (logits[: len(row)] - wanted).abs().max() <= 1e-4
