@@ -31,7 +31,16 @@ from plumbing import files, scoring
 from plumbing.errors import InputError
 from plumbing.images import open_image
 from toy_world import base, claims, world
-from toy_world.steps import CODE, LATER, Loop, make_split, toy_rows
+from toy_world.steps import (
+    BARE,
+    BARE_DPO,
+    BARE_GOLDEN,
+    CODE,
+    LATER,
+    Loop,
+    make_split,
+    toy_rows,
+)
 
 
 def parse_args(argv):
@@ -126,8 +135,9 @@ def loop(args):
     run.progress(f"drawing scenes: {with_captions}{args.images} without for each of {args.rounds} "
                  f"rounds, {args.held_out} for evaluation")
     held_out, truth = make_split(out, "held-out", args.held_out, args.seed, ())
+    asked = BARE if args.no_data else ()
     results = {"base": run.judge("base", held_out, truth, "--base", args.base,
-                                 "--adapters", "none", seed=args.seed)}
+                                 "--adapters", "none", *asked, seed=args.seed)}
     captioner, train = None, None
     if not args.no_data:
         train, _ = make_split(out, "train", args.captions, args.seed, ("captions", "questions"))
@@ -142,9 +152,11 @@ def loop(args):
             run.qa(captioner, train, qa, *seed)
         bare = () if captioner else ("--base", args.base)
         run.golden(captioner or "none", qa or "none", images, golden, *bare,
+                   *(() if captioner else BARE), *(() if qa else BARE_GOLDEN),
                    "--samples", args.samples, *seed)
         results[f"golden{k}"] = run.judge_golden(f"golden-{k}", golden, golden_truth)
-        run.dpo(captioner or "none", golden, trained, *bare, *(LATER if k > 1 else ()), *seed)
+        run.dpo(captioner or "none", golden, trained, *(() if qa else BARE_DPO), *bare,
+                *(LATER if k > 1 else ()), *seed)
         captioner = trained
         results[f"round{k}"] = run.judge(f"round-{k}", held_out, truth, "--adapters", captioner,
                                          seed=args.seed)

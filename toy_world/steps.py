@@ -19,6 +19,11 @@ DPO = ("--epochs", "1", "--lr", "2e-3")
 # From round two on most rows have no pair, and the pairs that remain are unusual ones. A larger
 # weight of the cross entropy keeps captions from repeating statements.
 LATER = ("--ce", "4")
+# From the bare base: both toy bases answer this prompt with one to three facts, so that there is
+# much to learn, and no QA adapter says which threshold suits their answers. Threshold and epochs
+# were chosen on seed 100.
+BARE = ("--caption-prompt", world.CAPTION_PROMPT)
+BARE_GOLDEN, BARE_DPO = ("--threshold", ".85"), ("--epochs", "3")
 BATCH = ("--batch", "32", "--micro-batch", "32")
 
 
