@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 import adapters
 from base import open_base
-from chunking import LAYOUTS, crops
+from chunking import LAYOUTS, seen_by
 from generate import MOST_AT_ONCE, images_at_once, room_left, sample, without_loop
 from plumbing import arguments, data
 from plumbing.errors import InputError
-from plumbing.images import find_images, open_image
+from plumbing.images import find_images
 
 DEFAULT_BASE = "Qwen/Qwen-VL"
 
@@ -111,7 +111,7 @@ def load_model(args):
 def look(model, boxes, image):
     """(path, name) of an image -> what the model sees of it; in a worker process."""
     path, _ = image
-    return model.look(crops(open_image(path), model.image_size, boxes))
+    return seen_by(model, path, boxes)
 
 
 def caption_batch(model, args, batch):

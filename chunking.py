@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from plumbing.images import open_image
+
 # The boxes, as left, top, right, bottom in fractions of the image, in the order in which the model
 # reads them. The source gives the number, six, and the sizes, 448 -> 896; the layout is our choice.
 WHOLE = (0.0, 0.0, 1.0, 1.0)
@@ -55,6 +57,11 @@ def crops(image, size=448, boxes=BOXES):
         view = image if box == WHOLE else full.crop([round(edge * side) for edge in box])
         pictures.append(square(view, size))
     return pictures
+
+
+def seen_by(model, path, boxes=BOXES):
+    """An image file -> what a base's `look` gives for its views. InputError for a bad file."""
+    return model.look(crops(open_image(path), model.image_size, boxes))
 
 
 def square(image, size):

@@ -34,11 +34,10 @@ from tqdm import tqdm
 
 import adapters
 from base import open_base
-from chunking import LAYOUTS, crops
+from chunking import LAYOUTS, seen_by
 from generate import room_left, sample
 from plumbing import arguments, data, scoring, train
 from plumbing.errors import InputError
-from plumbing.images import open_image
 from plumbing.parts import PADDING
 
 LOSSES = ("dpo", "hinge", "ipo", "kto", "none")
@@ -141,7 +140,7 @@ def all_captions(model, boxes, row):
     """A row with every caption whose reference log-prob training may need."""
     mismatched = [row["mismatched_ids"]] if "mismatched_ids" in row else []
     captions = [row["chosen_ids"], *row["rejected_ids"], *mismatched]
-    images = model.look(crops(open_image(row["image"]), model.image_size, boxes))
+    images = seen_by(model, row["image"], boxes)
     return {**pack(model.caption_prompt(images), captions), "views": images}
 
 
@@ -205,7 +204,7 @@ def make_example(args, model, boxes, reference, row, epoch):
     n_rejected = len(row["rejected_ids"])
     drawn = rng.sample(range(n_rejected), min(args.max_rejected, n_rejected))
     captions = [row["chosen_ids"], *(row["rejected_ids"][k] for k in drawn)]
-    images = model.look(crops(open_image(row["image"]), model.image_size, boxes))
+    images = seen_by(model, row["image"], boxes)
     prompt = model.caption_prompt(images)
     example = {**pack(prompt, captions), "id": row["id"], "drawn": drawn, "views": images,
                "lengths": [len(caption) for caption in captions],
@@ -341,7 +340,7 @@ def watch(ranks, model, images, boxes, seed):
     captions = []
     for image in images[ranks.rank::ranks.world]:
         try:
-            seen = model.look(crops(open_image(image), model.image_size, boxes))
+            seen = seen_by(model, image, boxes)
         except InputError:                              # reported with the held-out rows
             continue
         captions += sample(model, [seen], [image.name], 1, seed=seed)[0]

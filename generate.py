@@ -15,10 +15,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from chunking import crops
+from chunking import seen_by
 from plumbing import data, files
 from plumbing.errors import InputError
-from plumbing.images import open_image
 from plumbing.positions import ntk_alpha
 from plumbing.weights import free_bytes
 
@@ -286,7 +285,7 @@ def answers(model, boxes, rows, report):
         about[row["image"]].append(row)
     for image, asked in about.items():
         try:
-            images = model.look(crops(open_image(image), model.image_size, boxes))
+            images = seen_by(model, image, boxes)
         except InputError as error:
             report(str(error))
             continue

@@ -38,11 +38,11 @@ from pathlib import Path
 import adapters
 import tool_llm
 from base import open_base
-from chunking import LAYOUTS, crops
+from chunking import LAYOUTS, seen_by
 from generate import calibrated, images_at_once, room_left, sample, trimmed, yes_probability
 from plumbing import arguments, data, rules, shards, train, weights
 from plumbing.errors import InputError
-from plumbing.images import find_images, open_image
+from plumbing.images import find_images
 from plumbing.page import write_page
 from plumbing.records import summary, write_records
 
@@ -116,7 +116,7 @@ def check_bare(p, args):
 # ---------------------------------------------------------------- sample
 def look(model, folder, boxes, image):
     """An image of the folder, by name -> what the model sees of it; done by worker processes."""
-    return model.look(crops(open_image(folder / image), model.image_size, boxes))
+    return seen_by(model, folder / image, boxes)
 
 
 def sample_rows(args, model, boxes, images):

@@ -125,7 +125,7 @@ class HFModel(Adaptable):
     def from_pretrained(cls, name, dtype=None, device="cpu", weights_too=True):
         """A folder or Hub name -> the model in eval mode; without weights for its prompts alone.
 
-        InputError where it is none that runs here, or does not fit the memory.
+        InputError where it cannot run here, or does not fit the memory.
         """
         device = weights.usable_device(device)
         dtype = dtype or weights.usual_dtype(device)

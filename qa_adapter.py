@@ -26,10 +26,9 @@ import torch
 
 import adapters
 from base import open_base
-from chunking import LAYOUTS, crops
+from chunking import LAYOUTS, seen_by
 from generate import answers, ask_together, calibrate, gate
 from plumbing import arguments, data, train
-from plumbing.images import open_image
 
 
 def parse_args(argv):
@@ -68,7 +67,7 @@ def fit_context(model, n_views, rows, bad):
 
 def make_example(model, boxes, row, epoch=0):
     """A row -> {"ids", "n_prompt", "views"}; in a worker process. InputError for a bad image."""
-    images = model.look(crops(open_image(row["image"]), model.image_size, boxes))
+    images = seen_by(model, row["image"], boxes)
     prompt = model.head(images) + model.question(row["question"])
     answer = model.answer(row["answer"])[:model.seq_length - len(prompt) - 1]
     return {"ids": [*prompt, *answer, model.tokenizer.eos_id], "n_prompt": len(prompt),

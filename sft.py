@@ -26,11 +26,10 @@ import torch
 
 import adapters
 from base import open_base
-from chunking import LAYOUTS, crops
+from chunking import LAYOUTS, seen_by
 from generate import room_left
 from plumbing import arguments, data, train, weights
 from plumbing.errors import InputError
-from plumbing.images import open_image
 
 DEFAULT_BASE = "Qwen/Qwen-VL"
 TUNE = ("adapters", "lora", "prompt", "full")
@@ -74,7 +73,7 @@ def encode(model, prompt, caption):
 
 def make_example(model, boxes, row, epoch=0):
     """A row -> {"ids", "n_prompt", "views"}, in a worker. InputError for a bad image."""
-    images = model.look(crops(open_image(row["image"]), model.image_size, boxes))
+    images = seen_by(model, row["image"], boxes)
     prompt = model.caption_prompt(images)
     ids, _ = encode(model, prompt, row["caption"])
     return {"ids": ids, "n_prompt": len(prompt), "views": images}

@@ -75,6 +75,7 @@ def parse_args(argv):
 
 
 def add_commands(commands, defaults):
+    """The flags of each command."""
     p = commands.add_parser("claims", help="test what the source claims", formatter_class=defaults)
     claims.add_flags(p)
     p = commands.add_parser("pool", help="table and gains of several runs together",

@@ -144,6 +144,7 @@ def figures(answers):
 
 # ---------------------------------------------------------------- main
 def run(args):
+    """Judge the captions, print the figures and write the files that were asked for."""
     captions, checklist = read_captions(args.captions), read_checklist(args.checklist)
     if args.submission:
         rows = [{"image_id": image, "caption": captions[image]} for image in sorted(captions)]

@@ -11,15 +11,12 @@ kept: processors that cut images into tiles by default, templates and tokenizers
 start token, several end tokens, a vocabulary padded beyond the tokenizer.
 """
 
-import importlib.util
 from pathlib import Path
 
 import tokenizers
 import torch
 import transformers as tf
 from tokenizers import AddedToken
-
-TORCHVISION = []  # keeps the library of operators alive
 
 SIDE = 84  # of a view: 6 x 6 patches of 14 pixels, or 3 x 3 image tokens of 2 x 2 patches
 SQUARE = {"size": {"height": SIDE, "width": SIDE}}
@@ -33,27 +30,6 @@ two yellow cups on a wooden table, a white plate with three slices of bread, a g
 a black dog lies on the grass, a brown cat sits behind the window, a bird flies in the sky
 the sign reads OPEN, a man in a gray coat walks on the street, a woman holds a blue umbrella
 """.splitlines()
-
-
-def mend_torchvision():
-    """Define two operators without which torchvision fails to import beside a CPU build of torch.
-
-    Does nothing where the operators exist, or where torchvision can load its own.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or hasattr(torch.ops.torchvision, "nms"):
-        return
-    try:
-        for library in Path(spec.origin).parent.glob("_C*"):
-            torch.ops.load_library(library)
-    except OSError:
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        TORCHVISION.append(library)
-
-
-mend_torchvision()
 
 
 # ---------------------------------------------------------------- shared by the families

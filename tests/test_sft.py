@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import adapters
+import chunking
 import plumbing.data
 import plumbing.train
 import sft
@@ -260,8 +261,8 @@ def test_a_base_in_bfloat16_has_adapters_in_float32(tiny_base, data, tmp_path, k
 
 
 def test_images_are_decoded_by_the_workers(tiny_base, data, tmp_path, monkeypatch):
-    opened, opens = [], sft.open_image
-    monkeypatch.setattr(sft, "open_image", lambda path: opened.append(path) or opens(path))
+    opened, opens = [], chunking.open_image
+    monkeypatch.setattr(chunking, "open_image", lambda path: opened.append(path) or opens(path))
     for workers, expected in ((1, 0), (0, 10)):
         train(
             tiny_base,
@@ -462,8 +463,8 @@ def test_what_was_left_out_cut_and_held_out_is_said_before_the_first_step(
 def test_the_held_out_loss_is_that_of_images_no_step_saw(
     tiny_base, data, tmp_path, kept, monkeypatch
 ):
-    seen, opened = set(), sft.open_image
-    monkeypatch.setattr(sft, "open_image", lambda path: seen.add(path) or opened(path))
+    seen, opened = set(), chunking.open_image
+    monkeypatch.setattr(chunking, "open_image", lambda path: seen.add(path) or opened(path))
     validates = []
     monkeypatch.setattr(plumbing.train, "save_checkpoint", lambda *a: validates.append(len(seen)))
     rows = stages.read_rows(data / "captions.jsonl")

@@ -8,10 +8,9 @@ import torch
 
 import adapters
 from base import open_base
-from chunking import crops
+from chunking import seen_by
 from generate import sample
 from plumbing import files
-from plumbing.images import open_image
 from plumbing.scoring import score
 from toy_world import base, world
 from toy_world.lab import (
@@ -411,7 +410,7 @@ def captions_and_embeddings(model, folder, names):
     """Greedy captions of images, as rows, and the ViT's embeddings of them (N, D), of a QwenVL."""
     rows, vectors = [], []
     for name in names:
-        pixels = model.look(crops(open_image(folder / name), model.image_size))
+        pixels = seen_by(model, folder / name)
         vectors.append(model.transformer.visual(pixels).flatten())
         ((caption,),) = sample(model, [pixels], [name], temperature=0.0)
         rows.append({**caption, "image": name})
