@@ -167,7 +167,7 @@ class HFModel(Adaptable):
 
     def request(self, text):
         """Ids (list) of a user's text and of what stands between it and the answer."""
-        return self.tokenizer.encode(text) + self.prompts.blank(1)["tail"].tolist()
+        return self.tokenizer.encode(text) + self.prompts.tail
 
     def answer(self, text):
         """Ids (list) of a text that the model writes, without an end token."""
@@ -290,7 +290,7 @@ class HFModel(Adaptable):
     def inputs_of(self, ids, images):
         """What forward takes of the images -> {name: (B, L), a number per token}, and the rest."""
         kinds, inputs = {}, {}
-        for name in (images[0] if images else {}).keys() - {"head", "tail"}:
+        for name in (images[0] if images else {}).keys() - {"head"}:
             parts = [look[name].to(ids.device) for look in images]
             if name.startswith("token:"):
                 kind = kinds[name.removeprefix("token:")] = torch.zeros_like(ids)

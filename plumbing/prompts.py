@@ -3,6 +3,7 @@
 A prompt is a head with the images, the user's text, and a tail, behind which the answer begins.
 Only the head and the tail come from the processor.
 """
+import functools
 import math
 
 import torch
@@ -90,8 +91,8 @@ class Prompts:
         """PIL images, the views of one image -> {name: tensor}, as the processor makes them.
 
         Several views become squares of the model's side; a single one keeps its proportions where
-        the model takes any. "head" and "tail" are the ids before and after the user's text;
-        "token:..." have a number for each id of the head.
+        the model takes any. "head" are the ids before the user's text; "token:..." have a number
+        for each of them.
         """
         side = self.image_size
         if len(pictures) > 1:
@@ -108,7 +109,7 @@ class Prompts:
                              f"{pictures[0].height} pixels ({' '.join(reason)[:160]})") from None
         ids = inputs.pop("input_ids")[0].tolist()
         at = ids.index(self.marker_id)
-        looks = {"head": torch.tensor(ids[:at]), "tail": torch.tensor(ids[at + 1:])}
+        looks = {"head": torch.tensor(ids[:at])}
         inputs.pop("attention_mask", None)
         for name, tensor in inputs.items():
             tensor = tensor.float() if tensor.is_floating_point() else tensor
@@ -117,6 +118,13 @@ class Prompts:
             else:
                 looks[name] = tensor
         return looks
+
+    @functools.cached_property
+    def tail(self):
+        """Ids (list) between the user's text and the answer, whatever the images."""
+        picture = Image.new("RGB", (self.image_size, self.image_size))
+        ids = self.inputs([picture], self.marker)["input_ids"][0].tolist()
+        return ids[ids.index(self.marker_id) + 1:]
 
     def blank(self, n_views):
         """What `look` gives for n grey views, the single one of the largest size."""
