@@ -62,8 +62,7 @@ def parse_args(argv):
     add("--views", choices=tuple(LAYOUTS), help="views of an image; must be the captioner's")
     arguments.add_caption_prompt(p)
     args = p.parse_args(argv)
-    if args.init and args.caption_prompt:
-        p.error("--caption-prompt: the adapters of --init remember theirs; leave it out")
+    arguments.check_caption_prompt(p, args, "--init")
     if args.loss == "none" and args.ce == 0:
         p.error("--loss none with --ce 0 leaves nothing to learn from")
     return args

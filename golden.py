@@ -107,8 +107,7 @@ def check_bare(p, args):
         p.error("--captioner none needs --base, the Hub name or folder of the base that captions")
     if args.captioner is None and args.qa:
         p.error("--captioner none goes with --qa none: a QA adapter is made for a captioner")
-    if args.captioner and args.caption_prompt:
-        p.error("--caption-prompt: the adapters of --captioner remember theirs; leave it out")
+    arguments.check_caption_prompt(p, args, "--captioner")
     if args.qa and args.calibrate:
         p.error("--calibrate: qa_adapter.py calibrated the threshold of --qa; leave it out")
 

@@ -51,8 +51,7 @@ def parse_args(argv):
         "--init")
     arguments.add_caption_prompt(p)
     args = p.parse_args(argv)
-    if args.init and args.caption_prompt:
-        p.error("--caption-prompt: the adapters of --init remember theirs; leave it out")
+    arguments.check_caption_prompt(p, args, "--init")
     return args
 
 

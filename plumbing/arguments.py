@@ -77,6 +77,12 @@ def add_caption_prompt(p):
                    "left out, its own prompt")
 
 
+def check_caption_prompt(p, args, flag):
+    """argparse's one-line error where a prompt is given beside adapters, named by a flag."""
+    if args.caption_prompt and getattr(args, flag.strip("-")):
+        p.error(f"--caption-prompt: the adapters of {flag} remember theirs; leave it out")
+
+
 def stage_parser(doc, out, rows_at, rows, lr, batch, epochs):
     """The flags that every training stage has, with this stage's defaults."""
     p = parser(doc)
