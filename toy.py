@@ -89,6 +89,8 @@ def add_commands(commands, defaults):
     p.add_argument("--steps", type=int, default=6000, help="optimizer steps")
     p.add_argument("--batch", type=int, default=32, help="images per step")
     p.add_argument("--questions", type=int, default=8, help="yes/no questions per image")
+    p.add_argument("--loose", type=float, default=0.0,
+                   help="share of rings that captions, not answers, call circles")
     p.add_argument("--lr", type=float, default=0.0025, help="peak learning rate of Muon (matrices)")
     p.add_argument("--adam-lr", type=float, default=1e-3,
                    help="peak learning rate of AdamW (everything else)")
@@ -337,7 +339,8 @@ def caption_lines(label, stated, row):
 # ---------------------------------------------------------------- main
 def pretrain(args):
     """Train the toy base, or resume its training."""
-    check_same(args.out, args, "like", "steps", "batch", "questions", "lr", "adam_lr", "seed")
+    check_same(args.out, args, "like", "steps", "batch", "questions", "loose", "lr", "adam_lr",
+               "seed")
     base.pretrain(args)
 
 

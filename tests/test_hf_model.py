@@ -22,7 +22,9 @@ TEXT = "a red cup, two dogs"
 @pytest.fixture(scope="module", params=WORKING)
 def family(request, tmp_path_factory):
     """A family's name and its folder."""
-    return request.param, families.make(request.param, tmp_path_factory.mktemp(request.param))
+    return request.param, families.make_usable(
+        request.param, tmp_path_factory.mktemp(request.param)
+    )
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def bases(tmp_path_factory):
 
     def base(name):
         if name not in made:
-            made[name] = families.make(name, tmp_path_factory.mktemp(name))
+            made[name] = families.make_usable(name, tmp_path_factory.mktemp(name))
         return made[name]
 
     return base

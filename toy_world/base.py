@@ -102,9 +102,18 @@ def dense_prompt(model):
     return world.DENSE_PROMPT if model.caption_text == CAPTION_PROMPT else model.caption_text
 
 
-def continuations(model, scene, n_questions, rng):
+def as_captioned(text, loose, rng):
+    """A fact as a caption states it: with probability `loose`, a ring is called a circle.
+
+    Captions that models learn from are careless about such things, answers to questions are not.
+    """
+    is_loose = loose and text.endswith("ring") and rng.random() < loose
+    return text.removesuffix("ring") + "circle" if is_loose else text
+
+
+def continuations(model, scene, n_questions, loose, rng):
     """What may follow an image: [(task, prompt, target)] in ids, two captions and questions."""
-    texts = [fact["text"] for fact in world.facts(scene)]
+    texts = [as_captioned(fact["text"], loose, rng) for fact in world.facts(scene)]
     few = rng.sample(texts, min(len(texts), rng.choice((1, 2, 3))))
     rows = [("dense", model.request(dense_prompt(model)), model.answer(", ".join(texts))),
             ("short", model.request(CAPTION_PROMPT), model.answer(", ".join(few)))]
@@ -134,7 +143,7 @@ def pack(model, images, rows):
     return ids, branch, target, task
 
 
-def make_batch(model, kind, seed, step, size, n_questions):
+def make_batch(model, kind, seed, step, size, n_questions, loose):
     """A batch of one kind of image: the arguments of the model's forward, and task (B, K).
 
     K is the largest number of targets in a row; row b has its targets first and then padding.
@@ -144,7 +153,7 @@ def make_batch(model, kind, seed, step, size, n_questions):
         name = f"{seed} {step} {i}"
         scene, pictures = scene_views(kind, name)
         images = model.look(pictures)
-        rows = continuations(model, scene, n_questions, random.Random("rows " + name))
+        rows = continuations(model, scene, n_questions, loose, random.Random("rows " + name))
         packed.append(pack(model, images, rows))
         looks.append(images)
     lengths = torch.tensor([len(ids) for ids, *_ in packed])
@@ -216,7 +225,7 @@ def train_step(model, opts, step, args):
             group["lr"] = lr * scale
     kind = kind_of_step(step, args.steps, args.seed)
     n_questions = args.questions if share >= 0.05 else 0    # not before it has begun to see
-    batch = make_batch(model, kind, args.seed, step, args.batch, n_questions)
+    batch = make_batch(model, kind, args.seed, step, args.batch, n_questions, args.loose)
     loss, means = weighted_loss(model, *batch)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
