@@ -20,10 +20,11 @@ from tqdm import tqdm
 import adapters
 from base import open_base
 from chunking import LAYOUTS, seen_by
-from generate import MOST_AT_ONCE, images_at_once, room_left, sample, without_loop
+from generate import MOST_AT_ONCE, images_at_once, room_left, sample
 from plumbing import arguments, data
 from plumbing.errors import InputError
 from plumbing.images import find_images
+from plumbing.texts import without_loop
 
 DEFAULT_BASE = "Qwen/Qwen-VL"
 

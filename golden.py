@@ -39,12 +39,21 @@ import adapters
 import tool_llm
 from base import open_base
 from chunking import LAYOUTS, seen_by
-from generate import calibrated, images_at_once, room_left, sample, trimmed, yes_probability
+from generate import (
+    Sampling,
+    calibrated,
+    images_at_once,
+    judge,
+    room_left,
+    stream,
+    yes_probability,
+)
 from plumbing import arguments, data, rules, shards, train, weights
 from plumbing.errors import InputError
 from plumbing.images import find_images
 from plumbing.page import write_page
 from plumbing.records import summary, write_records
+from plumbing.texts import trimmed
 
 PASSES = ("sample", "combine", "verify", "compose")
 CHUNK = 256             # rows that the tool LLM is given together
@@ -122,20 +131,15 @@ def sample_rows(args, model, boxes, images):
     """Images by name -> rows {"image", "samples"}, --samples raw captions each, or with "error"."""
     room = room_left(model, len(boxes), args.max_new_tokens)
     at_once = args.batch or images_at_once(model, len(boxes), args.n, room)
+    how = Sampling(args.n, args.max_new_tokens, args.temperature, args.top_p, args.seed)
     see = partial(look, model, args.images, boxes)
-    for decoded in data.ahead(images, see, args.workers, at_once):
-        names, seen = [], []
-        for image, views_or_error in decoded:
-            if isinstance(views_or_error, InputError):
-                yield {"image": image, "error": str(views_or_error)}
-            else:
-                names.append(image)
-                seen.append(views_or_error)
-        if names:
-            of_images = sample(model, seen, names, args.n, args.max_new_tokens, args.temperature,
-                               args.top_p, args.seed)
-            for image, samples in zip(names, of_images):
-                yield {"image": image, "samples": samples}
+    decoded = data.ahead(images, see, args.workers, at_once)
+    named = ((image, image, seen) for batch in decoded for image, seen in batch)
+    for image, samples in stream(model, named, at_once, how):
+        if isinstance(samples, InputError):
+            yield {"image": image, "error": str(samples)}
+        else:
+            yield {"image": image, "samples": samples}
 
 
 # ---------------------------------------------------------------- combine
@@ -193,38 +197,6 @@ def verify_rows(args, model, boxes, todo):
 
 
 # ---------------------------------------------------------------- compose
-def judge(statements, threshold, min_votes, resolve):
-    """The statements of an image -> the same with "kept": what may be in its golden caption.
-
-    A statement s with the question q passes if
-
-        P(yes | image, q) ≥ threshold   and   votes(s) ≥ min_votes
-
-    P(yes) is the QA model's softmax mass of yes against no at the first token of its answer, and
-    votes(s) is the number of samples that contain s. Statements that cannot all be true share a
-    group. With `resolve` only the best of a group's passing statements is kept: the one with the
-    highest P(yes), of equals the one with more votes, then the first.
-
-    Scoring each claim of a caption by a yes/no question is RLAIF-V's rule
-    (https://arxiv.org/abs/2405.17220). Asking each question alone, with the image but without the
-    caption, follows CapMAS (https://arxiv.org/abs/2412.15484): the longer the text before it, the
-    more a model relies on that text and the less on the image. In its experiments isolated
-    questions detect hallucinations with an AUROC of 81, against 74 for agreement between samples
-    (the votes) and 58 for token confidence. Groups are our addition: in the toy world, golden
-    captions with contradictions taught the captioner more of them in every round.
-    """
-    passing = {}            # group -> numbers of its passing statements
-    for k, statement in enumerate(statements):
-        if statement["p_yes"] >= threshold and statement["votes"] >= min_votes:
-            exclusive = resolve and statement["group"] is not None
-            group = statement["group"] if exclusive else ("alone", k)
-            passing.setdefault(group, []).append(k)
-    # max gives the first of equals
-    kept = {max(numbers, key=lambda k: (statements[k]["p_yes"], statements[k]["votes"]))
-            for numbers in passing.values()}
-    return [{**statement, "kept": k in kept} for k, statement in enumerate(statements)]
-
-
 def pair(row, model, room):
     """A row with "chosen" -> with "rejected" too, or with "left_out", why it cannot be used.
 

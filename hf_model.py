@@ -15,6 +15,7 @@ the user's text, and a tail, behind which the answer begins. Text is encoded apa
 that none of it becomes a special token.
 """
 import functools
+import inspect
 import os
 
 import torch
@@ -69,31 +70,6 @@ def slots_of(tower):
     return slots
 
 
-# ---------------------------------------------------------------- many continuations
-class Cache:
-    """Keys and values of prefixes, and of `samples` continuations of each that share them.
-
-    transformers' cache holds one row per prefix: the tokens that are appended in a step, one for
-    each sample, are neighbours in it and branches to each other. A model that cannot hold branches
-    apart has a row per sample instead.
-    """
-
-    def __init__(self, model, samples, room):
-        self.samples, self.room, self.used, self.filled = samples, room, 0, False
-        # without a configuration nothing is dropped behind a sliding window; the mask sees to that
-        self.past = DynamicCache() if model.packs else DynamicCache(config=model.config)
-
-    def start(self, layout, where):
-        self.layout, self.where, self.filled = layout, where, True
-        self.length = layout.place.shape[1]
-
-    def next(self, n_rows, device):
-        """The layout of the next token of every sample, (I, samples)."""
-        place = torch.full((n_rows, self.samples), self.length + self.used, device=device)
-        branch = torch.arange(1, self.samples + 1, device=device).expand_as(place)
-        return branches.Layout(place, branch)
-
-
 # ---------------------------------------------------------------- the model
 class HFModel(Adaptable):
     """A model of transformers (`hf`) with its processor, as base.py wants it."""
@@ -116,6 +92,7 @@ class HFModel(Adaptable):
         self.soft_slots = None      # where the soft prompt stands in the rows that run
         hf.get_input_embeddings().register_forward_hook(self.put_soft_prompt)
         branches.watch(self.towers["language"])
+        self.takes_cache = "cache" in inspect.signature(hf.base_model.forward).parameters
         vocab = hf.get_output_embeddings().weight.shape[0]
         never = self.tokenizer.reserved - self.tokenizer.ends
         never |= set(range(len(self.tokenizer.fast), vocab))
@@ -215,7 +192,9 @@ class HFModel(Adaptable):
 
     def cache(self, samples, room):
         """For forward: the cache of `samples` continuations of each prefix, of up to `room`."""
-        return Cache(self, samples, room)
+        # without a configuration nothing is dropped behind a sliding window; the mask sees to that
+        past = DynamicCache() if self.packs else DynamicCache(config=self.config)
+        return branches.Cache(past, samples, room)
 
     # ---- forward
     def forward(self, ids, images=None, mask=None, branch=None, positions=None, logp_of=None,
@@ -245,7 +224,7 @@ class HFModel(Adaptable):
         where = self.where(ids, layout, kinds, inputs, cache.room if cache else 0)
         output = self.run(ids, layout if has_branches else None, {**kinds, **inputs},
                           position_ids=branches.take(where, layout.place),
-                          past_key_values=cache.past if cache else None)
+                          past=cache.past if cache else None)
         if cache is not None:
             cache.start(layout, where)
             if not self.packs:
@@ -253,9 +232,10 @@ class HFModel(Adaptable):
                 cache.past.reorder_cache(rows)
         return output
 
-    def run(self, ids, layout, inputs, **more):
-        """One forward of the model below its output layer."""
-        past = more["past_key_values"]
+    def run(self, ids, layout, inputs, past, **more):
+        """One forward of the model below its output layer; past: transformers' cache, or None."""
+        # releases before 5.24 call the argument otherwise
+        more["cache" if self.takes_cache else "past_key_values"] = past
         length = ids.shape[1] + (past.get_seq_length() if past is not None else 0)
         if self.hf.base_model is self.hf:       # some models have none without an output layer
             more |= {"output_hidden_states": True, "logits_to_keep": 1}
@@ -277,13 +257,13 @@ class HFModel(Adaptable):
     def step(self, ids, cache):
         """The hidden states (I·n, 1, D) of one new token (I·n, 1) for every sample."""
         if not self.packs:
-            place = torch.full_like(ids, cache.length + cache.used)
-            where = cache.where.repeat_interleave(len(ids) // cache.where.shape[-2], dim=-2)
-            return self.run(ids, None, {}, position_ids=branches.take(where, place),
-                            past_key_values=cache.past)
-        new = cache.next(len(ids) // cache.samples, ids.device)
+            place = (cache.length + cache.used).to(ids.device).repeat_interleave(cache.samples)
+            where = cache.where.repeat_interleave(cache.samples, dim=-2)
+            return self.run(ids, None, {}, position_ids=branches.take(where, place[:, None]),
+                            past=cache.past)
+        new = cache.next(ids.device)
         cache.layout = cache.layout.extended(new)
-        hidden = self.run(ids.view_as(new.place), cache.layout, {}, past_key_values=cache.past,
+        hidden = self.run(ids.view_as(new.place), cache.layout, {}, past=cache.past,
                           position_ids=branches.take(cache.where, new.place))          # (I, n, D)
         return hidden.flatten(0, 1)[:, None]
 

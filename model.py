@@ -435,7 +435,7 @@ class QwenVL(Adaptable):
             extends = self.config.use_dynamic_ntk and not self.training
             alpha = batch_alpha(place, mask, branch, self.config.seq_length) if extends else 1
             if cache is not None:
-                cache.start(mask, alpha, ids.shape[1])
+                cache.start(mask, alpha, *ids.shape)
         rotary = Rotary(place, alpha, self.config, self.training)
         for i, block in enumerate(self.transformer.h):
             layer = None if cache is None else cache.layers[i]

@@ -81,3 +81,50 @@ def within(layout):
         yield
     finally:
         current.pop()
+
+
+class Cache:
+    """Keys and values of prefixes, and of `samples` continuations of each that share them.
+
+    transformers' cache holds one row per prefix: the tokens that are appended in a step, one for
+    each sample, are neighbours in it and branches to each other. A model that cannot hold branches
+    apart has a row per sample instead. used (I,) as in plumbing/cache.py.
+    """
+
+    def __init__(self, past, samples, room):
+        self.past, self.samples, self.room, self.filled = past, samples, room, False
+
+    def start(self, layout, where):
+        self.layout, self.filled = layout, True
+        self.where = where.expand(*where.shape[:-2], len(layout.place), where.shape[-1]).clone()
+        self.length = layout.place.shape[1]
+        self.used = torch.zeros(len(layout.place), dtype=torch.long)
+
+    def next(self, device):
+        """The layout of the next token of every sample, (I, samples)."""
+        place = (self.length + self.used[:, None]).expand(-1, self.samples).to(device)
+        branch = torch.arange(1, self.samples + 1, device=device).expand_as(place)
+        return Layout(place, branch)
+
+    def replace(self, slots, fresh):
+        """As in plumbing/cache.py. What follows the old prefixes stays, and nothing sees it."""
+        P = self.length
+        for layer, new in zip(self.past.layers, fresh.past.layers):
+            layer.keys[slots, :, :P], layer.values[slots, :, :P] = new.keys, new.values
+        self.where[..., slots, :] = fresh.where
+        self.layout.branch[slots, P:] = -1
+        self.used[slots] = 0
+        live = self.samples * int(self.used.max())      # the last columns; those before are dead
+        self.keep(lambda t: torch.cat([t[:, :, :P], t[:, :, t.shape[2] - live:]], dim=2))
+
+    def take(self, images):
+        """As in plumbing/cache.py."""
+        self.keep(lambda t: t[images])
+        self.where, self.used = self.where[..., images, :], self.used[images]
+
+    def keep(self, part):
+        """Replace everything of the shape (I, ·, columns, …) by a part of it."""
+        for layer in self.past.layers:
+            layer.keys, layer.values = part(layer.keys), part(layer.values)
+        place, branch = (part(t[:, None])[:, 0] for t in (self.layout.place, self.layout.branch))
+        self.layout = Layout(place, branch)

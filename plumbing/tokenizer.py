@@ -5,6 +5,7 @@ after the last rank, so that a small vocabulary works by the same rule as the re
 `tokenizers` library does the work; it wants merges instead of ranks, and they are recovered here.
 """
 import base64
+import contextlib
 import re
 import unicodedata
 from itertools import pairwise
@@ -201,3 +202,22 @@ class ChatTokenizer:
     def special_in(self, text):
         """The special tokens that are spelled out in a text."""
         return [name for name in self._names.values() if name in text]
+
+
+def yes_and_no(tokenizer):
+    """Ids (two lists) of the spellings of yes and of no that are single tokens.
+
+    InputError where a vocabulary has no such token for one of them.
+    """
+    sides = []
+    for words in ((" Yes", "Yes", " yes", "yes"), (" No", "No", " no", "no")):
+        side = []
+        for word in words:
+            with contextlib.suppress(InputError):       # a small vocabulary may lack the letters
+                ids = tokenizer.encode(word)
+                side += ids if len(ids) == 1 else []
+        if not side:
+            raise InputError(f"the vocabulary has none of {', '.join(map(repr, words))} as a "
+                             "single token")
+        sides.append(side)
+    return sides

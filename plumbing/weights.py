@@ -3,6 +3,7 @@
 The weights may be one safetensors file, several with an index, or `.bin` files (pickles, read with
 weights_only).
 """
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -338,3 +339,15 @@ def write_base(model, folder, vocabulary):
     state = {name: t.detach().to("cpu", torch.bfloat16) for name, t in model.state_dict().items()}
     save_file(state, folder / "model.safetensors.tmp")
     (folder / "model.safetensors.tmp").replace(folder / "model.safetensors")
+
+
+@contextlib.contextmanager
+def enough_memory(what):
+    """Inside, an error for want of memory becomes an InputError that says what to lessen."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        words = ("out of memory", "allocate memory", "not enough memory")
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+            raise
+        raise InputError(f"out of memory with {what}") from None

@@ -28,7 +28,6 @@ from safetensors.torch import load_file, save_file
 
 import adapters
 import dpo
-import generate
 import golden
 import qa_adapter
 import sft
@@ -38,6 +37,7 @@ from generate import yes_probability
 from model import QwenVL
 from plumbing import data, shards
 from plumbing.images import open_image
+from plumbing.texts import trimmed
 from plumbing.tokenizer import Tokenizer
 from toy_world import world
 
@@ -362,7 +362,7 @@ def sample(caption, finish="eos"):
     ],
 )
 def test_the_loop_or_unfinished_end_of_a_sample_is_not_combined(caption, finish, expected):
-    assert generate.trimmed(sample(caption, finish)) == expected
+    assert trimmed(sample(caption, finish)) == expected
 
 
 def combined(*rows):
@@ -864,12 +864,13 @@ def test_the_views_are_those_of_the_captioner(made, tmp_path, forwards, monkeypa
     qa = with_views(made.qa, tmp_path / "qa", LAYOUTS["one"])
     shapes = []
 
-    def recording(model, pixels, *args):
-        shapes.append(tuple(torch.stack(pixels).shape))
-        return golden_sample(model, pixels, *args)
+    def recording(model, images, *args):
+        images = list(images)
+        shapes.append(tuple(torch.stack([views for *_, views in images]).shape))
+        return golden_stream(model, images, *args)
 
-    golden_sample = golden.sample
-    monkeypatch.setattr(golden, "sample", recording)
+    golden_stream = golden.stream
+    monkeypatch.setattr(golden, "stream", recording)
     argv = flags(made, tmp_path / "out", "--captioner", captioner, "--qa", qa, *more)
     assert stages.run(golden, *argv) == 0
     assert shapes == [(N_IMAGES, 1, 3, SIDE, SIDE)]
