@@ -360,7 +360,9 @@ def test_questions_beyond_the_context_are_asked_apart(tiny_model):
     long, short = "Does the image show " + "red " * 120 + "?", "Does the image show red?"
     questions = [short, long, short, "Does the image show " + "red " * 300 + "?"]
     alone = torch.cat([yes_probability(tiny_model, images(1)[0], [q]) for q in questions])
-    torch.testing.assert_close(yes_probability(tiny_model, images(1)[0], questions), alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        yes_probability(tiny_model, images(1)[0], questions), alone, atol=1e-5, rtol=0
+    )
     assert tiny_model.config.seq_length == 128 and abs(alone[0] - alone[2]) < 1e-6
 
 
@@ -393,3 +395,83 @@ def test_bfloat16_decodes(tiny_base):
     result = sample(model, images(1), ["a"], 2, 8)[0]
     assert all(row["finish"] in ("eos", "length", "repeat") for row in result)
     assert CAPTION_PROMPT.startswith("Generate")
+
+
+# ---------------------------------------------------------------- slots
+@pytest.fixture
+def ending(tiny_model, monkeypatch):
+    """A model whose captions differ much in length: one token in ten ends them."""
+    monkeypatch.setattr(tiny_model.tokenizer, "ends", set(range(0, 520, 10)))
+    return tiny_model
+
+
+def named(count, seed=0):
+    """(item, name, views) of images."""
+    return [(k, f"{k}.png", views) for k, views in enumerate(images(count, seed=seed))]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_slots_change_no_caption(ending, n):
+    """One batch of all, and slots that are filled again and again: the same captions."""
+    how = generate.Sampling(n, 12, 1.5, seed=1)
+    some = named(13)
+    expected = dict(generate.stream(ending, some, 13, how))
+    lengths = {result["tokens"] for results in expected.values() for result in results}
+    assert len(lengths) > 3 and len(expected) == 13
+    for slots in (1, 2, 5):
+        assert dict(generate.stream(ending, some, slots, how)) == expected
+
+
+def test_an_image_takes_the_place_of_one_that_ended(ending, monkeypatch):
+    """Fewer steps than batches that wait for their longest caption, and prefills of several."""
+    steps, prefills = [], []
+    decode, prefill = generate.decode, generate.prefill
+    monkeypatch.setattr(
+        generate, "decode", lambda *given: steps.append(len(given[2])) or decode(*given)
+    )
+    monkeypatch.setattr(
+        generate, "prefill", lambda *given: prefills.append(len(given[1])) or prefill(*given)
+    )
+    how, some = generate.Sampling(1, 30, 1.5, seed=1), named(32)
+    for start in range(0, 32, 8):
+        list(generate.stream(ending, some[start : start + 8], 8, how))
+    fixed, steps[:], prefills[:] = sum(steps), [], []
+    list(generate.stream(ending, some, 8, how))
+    assert sum(steps) < fixed and sum(prefills) == 32
+    assert prefills[0] == 8 and all(count >= 2 for count in prefills[:-1])
+    assert max(steps) == 8 and steps[-1] <= 4  # slots that stay idle are given up
+
+
+def test_images_of_other_lengths_wait_and_none_is_lost(ending):
+    one, two = named(6), named(6, seed=1)
+    mixed = [(k, name, views[: 1 + k % 2]) for k, (_, name, views) in enumerate(one + two)]
+    how = generate.Sampling(1, 8, 1.0)
+    expected = {k: generate.sample(ending, [v], [name], 1, 8)[0] for k, name, v in mixed}
+    assert dict(generate.stream(ending, mixed, 4, how)) == expected
+
+
+def test_an_unreadable_image_takes_no_slot(ending):
+    some = named(3)
+    some.insert(1, ("bad", "bad.png", InputError("no image")))
+    of = dict(generate.stream(ending, some, 2, generate.Sampling(1, 6)))
+    assert isinstance(of.pop("bad"), InputError) and of.keys() == {0, 1, 2}
+    assert [item for item, _ in generate.stream(ending, [some[1]], 2, generate.Sampling(1, 6))] == [
+        "bad"
+    ]
+    assert list(generate.stream(ending, [], 2, generate.Sampling(1, 6))) == []
+
+
+def test_no_caption_ends_before_min_tokens(ending):
+    some = named(12)
+    free = dict(generate.stream(ending, some, 4, generate.Sampling(1, 20, 1.5)))
+    assert any(result[0]["tokens"] < 6 and result[0]["finish"] == "eos" for result in free.values())
+    for result in dict(
+        generate.stream(ending, some, 4, generate.Sampling(1, 20, 1.5, min_tokens=6))
+    ).values():
+        assert result[0]["tokens"] >= 6 or result[0]["finish"] != "eos"
+
+
+def test_the_clock_counts_where_the_time_went(ending):
+    clock = generate.Counter()
+    list(generate.stream(ending, named(4), 2, generate.Sampling(1, 6), clock))
+    assert clock.keys() == {"wait", "prefill", "decode"} and min(clock.values()) > 0

@@ -283,6 +283,17 @@ def test_samples_do_not_depend_on_the_batch(model):
     assert both[1] == alone[0] and both[0] != both[1]
 
 
+def test_slots_change_no_caption(model, monkeypatch):
+    """Images that take the places of others in a running batch, against one batch of all."""
+    vocab = model.hf.get_output_embeddings().weight.shape[0]
+    monkeypatch.setattr(model.tokenizer, "ends", set(range(0, vocab, 8)))
+    some = [(k, f"{k}.png", model.look(pictures(1 + k % 4 // 3, seed=k))) for k in range(9)]
+    how = generate.Sampling(2, 10, 1.5, seed=1)
+    alone = {k: generate.sample(model, [v], [name], 2, 10, 1.5, seed=1)[0] for k, name, v in some}
+    assert len({result["tokens"] for results in alone.values() for result in results}) > 3
+    assert dict(generate.stream(model, some, 3, how)) == alone
+
+
 def test_nothing_special_is_ever_sampled(model):
     look = model.look(pictures(1))
     head = model.hf.get_output_embeddings()
