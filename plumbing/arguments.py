@@ -2,6 +2,7 @@
 has."""
 import argparse
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -49,6 +50,23 @@ def probability(text):
 
 def holdout(text):
     return checked(float, text, lambda number: 0 <= number < 1, "must be at least 0 and below 1")
+
+
+def two_names(text):
+    """"a,b" as ["a", "b"]."""
+    names = [name.strip() for name in text.split(",")]
+    if len(names) != 2 or not all(names) or names[0] == names[1]:
+        raise argparse.ArgumentTypeError(f"{text!r}: want two different names, such as "
+                                         "file_name,text")
+    return names
+
+
+def own_device():
+    """The GPU of this rank, or the only one that is asked for; the CPU without any."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    rank = os.environ.get("LOCAL_RANK")
+    return "cuda" if rank is None else f"cuda:{int(rank) % torch.cuda.device_count()}"
 
 
 def folder_or_none(text):

@@ -47,3 +47,36 @@ def without_loop(caption):
         if len(caption) - start > longest:
             longest, cut = len(caption) - start, start + period
     return caption[:cut]
+
+
+# ---------------------------------------------------------------- captions for a data set
+
+def tidy(result, max_words=None):
+    """A sample as a line of a data set: no loop, no unfinished end, no statement twice, at most
+    max_words words where these end a statement; the cut text if nothing else is there."""
+    text = trimmed(result)
+    kept, seen, words = [], set(), 0
+    for piece in pieces(text if text.strip() else result["caption"]):
+        key = piece.strip(" \n,.;!?，。；").casefold()
+        words += len(piece.split())
+        if max_words and words > max_words:
+            kept = kept or [" ".join(piece.split()[:max_words])]
+            break
+        if key and key not in seen:
+            kept.append(piece)
+        seen.add(key)
+    return on_one_line("".join(kept)).rstrip(" ,;，；")
+
+
+def pieces(text):
+    """The statements of a text, each with the punctuation and space behind it.
+
+    A comma or a point within a number or a name (3.5, U.S.) ends none.
+    """
+    return [piece for piece in re.findall(r".*?(?:[,.;!?]+(?:\s+|$)|[，。；]+|\n+|$)", text, re.S)
+            if piece]
+
+
+def on_one_line(text):
+    """No line breaks, and nothing unprintable."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
