@@ -1,4 +1,5 @@
 """Image files of every kind -> RGB, and folders searched for them. A bad file is one line."""
+import io
 import logging
 import os
 import warnings
@@ -10,8 +11,8 @@ from PIL import ExifTags, Image
 from plumbing.errors import InputError
 
 # Every further decoder is one more way in for a broken file.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 MAX_PIXELS = 89_478_485     # a quarter of a GiB as RGB; larger images are refused undecoded
 MAX_SIDE = 1_000_000        # resizing takes 32 bytes per pixel of a side: 3 GB at MAX_PIXELS
 MAX_BYTES = 2 ** 30         # of a file: Pillow reads a WebP whole, twice, before looking at it
@@ -45,16 +46,14 @@ def find_images(arguments):
     return images
 
 
-def open_image(path):
-    """An image file -> its first frame as RGB, upright, alpha over white.
+def open_image(source, name=None):
+    """An image file, or its bytes -> its first frame as RGB, upright, alpha over white.
 
-    InputError, one line that names the file, for whatever is wrong with it.
+    InputError, one line that begins with `name` (the path, if not given), for whatever is wrong.
     """
-    path = Path(path)
-    name = str(path) if str(path).isprintable() else repr(str(path))
+    name = printable(source if name is None else name)
     try:
-        check_file(name, path)
-        with warnings.catch_warnings(), path.open("rb") as file:
+        with warnings.catch_warnings(), open_source(name, source) as file:
             warnings.simplefilter("ignore")     # what Pillow warns of either works or is an error
             with Image.open(file, formats=FORMATS) as image:
                 check_size(name, *image.size)
@@ -73,15 +72,34 @@ def open_image(path):
         raise InputError(f"{name}: cannot be read, the file is damaged ({reason[:120]})") from None
 
 
+def printable(name):
+    """A path as a message shows it: on one line, whatever characters are in it."""
+    return str(name) if str(name).isprintable() else repr(str(name))
+
+
+def open_source(name, source):
+    """A path, or bytes -> a file to read."""
+    if isinstance(source, bytes):
+        check_bytes(name, len(source))
+        return io.BytesIO(source)
+    path = Path(source)
+    check_file(name, path)
+    check_bytes(name, path.stat().st_size)
+    return path.open("rb")
+
+
 def check_file(name, path):
-    """InputError for what is not a file (opening a pipe would block), or too large a file."""
+    """InputError for what is not a file: opening a pipe would block."""
     if path.is_dir():
         raise InputError(f"{name}: is a folder without images")
     if not path.is_file():
         raise InputError(f"{name}: no such image file")
-    if path.stat().st_size > MAX_BYTES:
-        raise InputError(f"{name}: {path.stat().st_size} bytes, more than the {MAX_BYTES} that are "
-                         "allowed")
+
+
+def check_bytes(name, size):
+    """InputError for a file that is too large to be read."""
+    if size > MAX_BYTES:
+        raise InputError(f"{name}: {size} bytes, more than the {MAX_BYTES} that are allowed")
 
 
 def check_size(name, width, height):
