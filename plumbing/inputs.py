@@ -1,12 +1,11 @@
 """What to caption: files, folders, manifests, lists and tar shards -> items, and an item's bytes.
 
-Finding opens no image, and reads only the headers of a tar, so that a million inputs take seconds.
+Finding opens no image, and reads only the headers of a tar, so a million files take seconds.
 Whatever is wrong with an input is an item too, with an `error`: every input is one row in the end.
-A member of a tar is read where it is in the tar; nothing is ever extracted.
+Nothing is ever extracted from a tar.
 """
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -34,8 +33,8 @@ class Item:
 
 
 # ---------------------------------------------------------------- finding
-def find(arguments, one_per_target=False, stdin=None) -> Iterator[Item]:
-    """Arguments -> items, in the order of the arguments, folders sorted.
+def find(arguments, one_per_target=False, stdin=None):
+    """Arguments -> an iterator of items, in the order of the arguments, folders sorted.
 
     A file that several files, folders and lists among the arguments name is found once, where the
     first names it; each row of a manifest is an item. `one_per_target` makes an item an error if an
@@ -48,22 +47,23 @@ def find(arguments, one_per_target=False, stdin=None) -> Iterator[Item]:
 def find_all(arguments, stdin):
     taken = dict.fromkeys(arguments, 1)     # one may be spelled like a line or member of another
     first = {}                              # a file -> the argument that named it first
+    real_folder = lru_cache(maxsize=1024)(os.path.realpath)
     for number, argument in enumerate(arguments):
-        if first.setdefault(identity(argument), number) != number:
+        if first.setdefault(identity(argument, real_folder), number) != number:
             continue
         plain, items = from_argument(argument, taken, stdin)
         for item in items:
-            alone = not plain or len(arguments) == 1
-            if alone or first.setdefault(identity(item.path), number) == number:
+            once = plain and len(arguments) > 1
+            if not once or first.setdefault(identity(item.path, real_folder), number) == number:
                 yield item
 
 
 def from_argument(argument, taken, stdin):
     """An argument -> (whether its items are files and nothing more, its items)."""
-    lower = argument.lower()
+    lower, empty = argument.lower(), "names no images"
     if argument == "-":
-        file = sys.stdin.buffer if stdin is None else stdin
-        return True, or_empty(from_lines("-", file, taken, lines.listed), "-", "names no images")
+        file = stdin or sys.stdin.buffer
+        return True, or_empty(from_lines("-", file, taken, lines.listed), "-", empty)
     if os.path.isdir(argument):
         text = "is a folder without images; name tars, manifests and lists in it one by one"
         return True, or_empty(from_folder(argument), argument, text)
@@ -72,19 +72,20 @@ def from_argument(argument, taken, stdin):
     if lower.endswith(".tar"):
         return False, or_empty(from_tar(argument, taken), argument, "holds no images")
     if lower.endswith(lines.MANIFESTS):
-        items = from_file(argument, taken, lines.manifest_row)
-        return False, or_empty(items, argument, "names no images")
+        return False, or_empty(from_file(argument, taken, lines.manifest_row), argument, empty)
     if lower.endswith(lines.LISTS):
-        return True, or_empty(from_file(argument, taken, lines.listed), argument, "names no images")
+        return True, or_empty(from_file(argument, taken, lines.listed), argument, empty)
     return True, [from_image(argument)]
 
 
 def from_image(path):
+    name = os.path.basename(path)
     try:
         check_file(printable(path), Path(path))
-    except (InputError, OSError):
+    except InputError:
         return broken(path, "no such image file")
-    name = os.path.basename(path)
+    except OSError as error:
+        return broken(path, f"cannot be read ({error.strerror})")
     return Item(path, name, path, path, target=target_of(name))
 
 
@@ -103,14 +104,9 @@ def broken(image, text, id=None, path=None):
     return Item(id or image, image, image, path or image, error=f"{printable(image)}: {text}")
 
 
-def identity(path):
+def identity(path, real_folder):
     """Two spellings of a path are one file; a link to a file is another, with a name of its own."""
     return os.path.join(real_folder(os.path.dirname(path)), os.path.basename(path))
-
-
-@lru_cache(maxsize=1024)
-def real_folder(folder):
-    return os.path.realpath(folder)
 
 
 # ---------------------------------------------------------------- targets
@@ -190,9 +186,8 @@ def from_lines(source, file, taken, parse):
     for number, line in enumerate(lines.read_lines(file), start=1):
         if not line.strip():
             continue
-        line_id = id = f"{source}:{number}"
-        while id in taken:
-            id += "#2"
+        line_id = f"{source}:{number}"
+        id = f"{line_id}#2" if line_id in taken else line_id
         try:
             name, fields = parse(line)
             image = os.path.join(folder, name)
@@ -235,17 +230,24 @@ def from_sample(path, key, headers):
                    if (kind := tars.extension(header.name)) in ("json", "txt"))
     images = [header for header in good if header.name.lower().endswith(SUFFIXES)]
     for header in images:
-        image, place = f"{path}/{header.name}", (path, header.offset_data, header.size)
+        image = f"{path}/{header.name}"
+        place = path, header.offset_data, header.size
         yield Item(image, header.name, image, *place, target, extras=extras)
     if extras and not images:
         yield broken(f"{path}/{key}", "a sample without an image", path=path)
 
 
 # ---------------------------------------------------------------- reading
-def read(item) -> bytes:
-    """The bytes of an item's image. InputError: one line."""
+def check_item(item):
     if item.error:
         raise InputError(item.error)
+    if os.path.isdir(item.path):
+        raise InputError(f"{printable(item.image)}: is a folder; name it as an input of its own")
+
+
+def read(item):
+    """The bytes of an item's image. InputError: one line."""
+    check_item(item)
     name, path = printable(item.image), Path(item.path)
     try:
         check_file(name, path)
@@ -263,16 +265,14 @@ def read(item) -> bytes:
 
 def open_item(item):
     """The image of an item: RGB, upright. InputError: one line."""
-    if item.error:
-        raise InputError(item.error)
+    check_item(item)
     return open_image(item.path if item.offset is None else read(item), item.image)
 
 
 def details(item):
     """What an item comes with -> (its fields, its caption so far or None). InputError: one line.
 
-    The fields are a manifest row's or those of the json in a tar; the caption is the text in the
-    tar, or a field, which then is not among the fields.
+    The caption is the txt in a tar, or a field, which then is not among the fields.
     """
     fields, text = dict(item.fields), None
     for kind, offset, size in item.extras:

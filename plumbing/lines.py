@@ -1,5 +1,6 @@
 """The lines of manifests (a JSON object each) and of lists (a path each)."""
 import json
+import math
 import os
 
 from plumbing import tars
@@ -51,12 +52,17 @@ def checked_name(name):
     raise InputError(f"{name[:100]!r} cannot be the path of a file")
 
 
+def finite(text):
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
 def parse_object(data):
-    """The JSON object in some bytes. NaN, which is not JSON, becomes null."""
+    """The JSON object in some bytes. NaN and 1e999, which rows could not hold, become null."""
     if len(data) > MAX_LINE:
         raise InputError(f"more than the {MAX_LINE} bytes that are allowed")
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=lambda name: None)
+        value = json.loads(data.decode("utf-8"), parse_constant=finite, parse_float=finite)
     except (ValueError, RecursionError):
         raise InputError("not JSON in UTF-8") from None
     if not isinstance(value, dict):

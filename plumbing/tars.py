@@ -59,7 +59,7 @@ def whole_members(file):
         data_end = member.offset_data + member.size if member.type in tarfile.REGULAR_TYPES else 0
         if data_end > size and not member.issparse():
             raise tarfile.ReadError(f"{printable(member.name)} is cut off")
-        if tar.offset <= end:       # a negative size: tarfile would go round in circles
+        if member.size < 0 or tar.offset <= end:    # tarfile would go round in circles
             raise tarfile.ReadError("a negative size")
         end = tar.offset
         if not member.isdir():
@@ -74,6 +74,7 @@ def problem(member):
     """Why the bytes of a member are not read, or nothing."""
     if not member.isreg() or member.issparse():
         return "is a link, a device or a sparse file; only whole, plain files are read"
-    if member.name.startswith("/") or ".." in member.name.split("/"):
+    parts = member.name.split("/")
+    if member.name.startswith("/") or ".." in parts or "\0" in member.name:
         return "names a place outside the tar"
     return ""
