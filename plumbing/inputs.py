@@ -104,7 +104,7 @@ def broken(image, text, id=None, path=None):
     return Item(id or image, image, image, path or image, error=f"{printable(image)}: {text}")
 
 
-def identity(path, real_folder):
+def identity(path, real_folder=os.path.realpath):
     """Two spellings of a path are one file; a link to a file is another, with a name of its own."""
     return os.path.join(real_folder(os.path.dirname(path)), os.path.basename(path))
 
