@@ -16,15 +16,15 @@ import os
 import socket
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
 from plumbing import files, inputs, outputs
 from plumbing.errors import InputError
+from plumbing.images import printable
 from plumbing.shards import Appender
 from plumbing.tally import kind_of
-from plumbing.workers import explained, is_held, locked, name_of, numbers_of
+from plumbing.workers import NAMES, explained, is_held, locked, name_of, numbers_of
 
 WRITE = ("jsonl", "txt", "webdataset", "parquet")
 EXISTING = ("skip", "overwrite", "append")
@@ -59,8 +59,7 @@ class Job:
                                               "is already being written by another process"))
             self.refuse_others()
             lock.truncate(0)
-            lock.write(json.dumps({**asdict(self.division), "host": socket.gethostname(),
-                                   "pid": os.getpid()}).encode())
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
             # NAME.jsonl, its torn last line cut off
             self.appender = Appender(self.rows, *self.division.name.split("-", 1))
             stack.enter_context(self.appender.file)
@@ -81,7 +80,7 @@ class Job:
         Each takes its own lock before it looks at those of others: of two that start at the same
         moment, at least one sees the other.
         """
-        for path in sorted(self.rows.glob("*-of-*.lock")):
+        for path in sorted(self.rows.glob(f"{NAMES}.lock")):
             workers = numbers_of(path)[1]
             if workers != self.division.workers and is_held(path):
                 raise InputError(f"{self.out}: one of {workers} workers still runs, and this would "
@@ -90,7 +89,7 @@ class Job:
     def inherited(self):
         """Files of rows that this worker looks after: its own, and what earlier divisions left."""
         own = self.rows / f"{self.division.name}.jsonl"
-        return [own] + [path for path in sorted(self.rows.glob("*-of-*.jsonl"))
+        return [own] + [path for path in sorted(self.rows.glob(f"{NAMES}.jsonl"))
                         if numbers_of(path)[1] != self.division.workers
                         and numbers_of(path)[0] % self.division.workers == self.division.worker]
 
@@ -157,19 +156,16 @@ class Job:
         return {"id": item.id, "image": image, **row, "fields": fields, "target": item.target,
                 "source": [path, item.offset, item.size]}
 
-    def text_path(self, row):
-        return self.out / f"{row['target']}.txt"
-
     def prepare(self, row):
         """The temporary path of a row's text, or None where the file is to stay as it is."""
-        path = self.text_path(row)
+        path = self.out / f"{row['target']}.txt"
         if row.get("finish") == "kept" and outputs.text_in(path):
             return None
         return outputs.prepare_text(path, row["caption"], append=self.existing == "append")
 
     def replace(self, temporary, row):
         if temporary:
-            os.replace(temporary, self.text_path(row))
+            os.replace(temporary, self.out / f"{row['target']}.txt")
 
     def pack_beside(self):
         """Make tar shards in a thread, each time that there are rows for one."""
@@ -178,7 +174,13 @@ class Job:
             if self.packing:
                 self.packing.result()
             self.packing = self.packer.submit(outputs.pack, self.out, self.appender.path,
-                                              self.shard_size)
+                                              self.shard_size, self.read)
+
+    def read(self, row):
+        """The bytes of a row's image, as they are in its file or tar."""
+        path, offset, size = row["source"]
+        path = os.path.join(os.path.realpath(self.out), path)
+        return inputs.read(inputs.Item(row["id"], "", row["image"], path, offset, size))
 
     def finish(self):
         """Make the tar shards of what is left, then the manifest that says this share is whole."""
@@ -187,7 +189,7 @@ class Job:
             if self.packing:
                 self.packing.result()
             for path in self.inherited() if self.kind == "webdataset" else ():
-                outputs.pack(self.out, path, self.shard_size, rest=True)
+                outputs.pack(self.out, path, self.shard_size, self.read, rest=True)
             os.fsync(self.appender.file)
             errors = Counter(self.done[id] for id in self.share if self.done[id])
             files.write_json(self.manifest, {
@@ -196,11 +198,22 @@ class Job:
                 "errors": errors, "whole": True})
 
 
-# ---------------------------------------------------------------- all workers
+# ---------------------------------------------------------------- what is there
+def kept(item, out=None, text=False):
+    """The caption that an item already has, or None: with `text` in its text file, else with it.
+
+    For --existing skip: its row is {"caption": that, "finish": "kept"}.
+    """
+    path = outputs.text_path(item, out) if text else None
+    with explained(path):
+        caption = outputs.text_in(path) if path else None
+    return caption or inputs.details(item)[1]
+
+
 def done_in(out, wanted=lambda id: True):
     """{id: None, or the kind of its error if it has no caption} of the wanted ids with a row."""
     done = {}
-    for path in sorted(Path(out, "rows").glob("*-of-*.jsonl")):
+    for path in sorted(Path(out, "rows").glob(f"{NAMES}.jsonl")):
         for _, _, row in outputs.rows_of(path):
             if not wanted(row["id"]):
                 continue
@@ -235,7 +248,7 @@ def status(out, ids=None):
         done = done_in(out)
         ids = done.keys() if ids is None else list(ids)
         kinds = Counter(done[id] for id in ids if id in done)
-        locks = list((out / "rows").glob("*-of-*.lock"))
+        locks = list((out / "rows").glob(f"{NAMES}.lock"))
         if locks:
             latest = max(locks, key=lambda path: path.stat().st_mtime_ns)
         report = {"inputs": len(ids), "captions": kinds.pop(None, 0), "errors": dict(kinds),
@@ -273,8 +286,10 @@ def lines_of_status(out, report):
     lines.append(f"{sum(workers.values())} workers: " + ", ".join(
         f"{count} {state}" for state, count in workers.items()))
     names = report["unfinished"]
-    if names:
-        lines.append(f"unfinished: {', '.join(names[:20])}{' …' if len(names) > 20 else ''}")
+    for what, some in (("missing", report["missing"]), ("unfinished", names)):
+        if some:
+            more = f" and {len(some) - 10} more" if len(some) > 10 else ""
+            lines.append(f"{what}: {', '.join(map(printable, some[:10]))}{more}")
     if names or (missing and not report["running"]):
         lines.append("next: the same command again, with as many shards and ranks as you like"
                      + (" once none is running" if report["running"] else ""))

@@ -1,7 +1,7 @@
 """What trainers read of a captioning job: text files, tar shards, and one merged result.
 
-All of it is made of rows (see jobs.py), and appears under its name only when it is whole: whatever a
-kill prevents, the next start makes of the same rows.
+All of it is made of rows (see jobs.py), and appears under its name only when it is whole: whatever
+a kill prevents, the next start makes of the same rows.
 """
 import contextlib
 import errno
@@ -13,10 +13,10 @@ import os
 import tarfile
 from pathlib import Path
 
-from plumbing import files, inputs
+from plumbing import files
 from plumbing.errors import InputError
 from plumbing.images import printable
-from plumbing.workers import explained, locked
+from plumbing.workers import NAMES, explained
 
 # What is wrong with the disk or folder, not with one file name in it: no row is to blame for it.
 SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
@@ -30,7 +30,8 @@ def relative(path, folder, real=os.path.realpath):
     link leads out of the folder that it points to. `real` may remember folders."""
     if path == "-":
         return path
-    return os.path.relpath(inputs.identity(path, real), real(os.fspath(folder)))
+    place = os.path.join(real(os.path.dirname(path)), os.path.basename(path))
+    return os.path.relpath(place, real(os.fspath(folder)))
 
 
 # ---------------------------------------------------------------- rows
@@ -42,11 +43,10 @@ def rows_of(path, start=0):
     """
     with open(path, "rb") as file:
         file.seek(start)
-        for line in file:
+        while (line := file.readline()).endswith(b"\n"):
             end = start + len(line)
-            if line.endswith(b"\n"):
-                with contextlib.suppress(ValueError):
-                    yield start, end, json.loads(line)
+            with contextlib.suppress(ValueError):
+                yield start, end, json.loads(line)
             start = end
 
 
@@ -84,17 +84,6 @@ def text_in(path):
     if not os.path.isfile(path):
         return None
     return path.read_text("utf-8-sig", "replace").strip() or None
-
-
-def kept(item, out=None, text=False):
-    """The caption that an item already has, or None: with `text` in its text file, else with it.
-
-    For --existing skip: its row is {"caption": that, "finish": "kept"}.
-    """
-    path = text_path(item, out) if text else None
-    with explained(path):
-        caption = text_in(path) if path else None
-    return caption or inputs.details(item)[1]
 
 
 def write_text(path, caption, append=False):
@@ -136,8 +125,10 @@ def prepare_text(path, caption, append=False):
 
 
 # ---------------------------------------------------------------- tar shards
-def pack(out, rows, size, rest=False):
+def pack(out, rows, size, read, rest=False):
     """Make tar shards of `size` samples of a file of rows, as far as it goes; `rest`: of all.
+
+    read(row) gives the bytes of its image, or raises an InputError: it is left out then.
 
     shards/NAME-NUMBER.json says which bytes of the rows are in the tar of that name. It is written
     after the tar, so a tar without one is made again: nothing is left out, and nothing is twice.
@@ -148,10 +139,10 @@ def pack(out, rows, size, rest=False):
         if "caption" in row:
             samples.append(row)
         if len(samples) == size:
-            write_shard(out, f"{rows.stem}-{number:05d}", samples, start, end)
+            write_shard(out, f"{rows.stem}-{number:05d}", samples, start, end, read)
             number, start, samples = number + 1, end, []
     if rest and samples:
-        write_shard(out, f"{rows.stem}-{number:05d}", samples, start, end)
+        write_shard(out, f"{rows.stem}-{number:05d}", samples, start, end, read)
 
 
 def packed(out, name):
@@ -164,15 +155,15 @@ def packed(out, name):
         end = json.loads(sidecar.read_bytes())["end"]
 
 
-def write_shard(out, name, samples, start, end):
-    """A tar of samples, then the file beside it. An image that is gone by now is left out."""
+def write_shard(out, name, samples, start, end, read):
+    """A tar of samples, then the file beside it."""
     (out / "shards").mkdir(exist_ok=True)
     taken, left_out = set(), {}
     with files.whole(out / f"shards/{name}.tar") as path, \
          tarfile.open(path, "w", encoding="utf-8", errors="surrogateescape") as tar:
         for row in samples:
             try:
-                data = image_bytes(row, out)
+                data = read(row)
             except InputError as error:
                 left_out[row["id"]] = str(error)
                 continue
@@ -184,13 +175,6 @@ def write_shard(out, name, samples, start, end):
     files.write_json(out / f"shards/{name}.json",
                      {"start": start, "end": end, "captions": len(samples) - len(left_out),
                       "left_out": left_out})
-
-
-def image_bytes(row, out):
-    """The bytes of a row's image, as they were."""
-    path, offset, size = row["source"]
-    path = os.path.join(os.path.realpath(out), path)
-    return inputs.read(inputs.Item(row["id"], "", row["image"], path, offset, size))
 
 
 def key_of(row, taken):
@@ -227,13 +211,14 @@ def merge(out, into=None, keys=("image", "caption"), parquet=False):
 
     Each id is there once, with its caption if there is one. It is out/captions.jsonl, or the file
     `into`, and with `parquet` also a .parquet beside it. Images are relative to that file's folder.
-    `keys` are what it calls image and caption. Only places of rows are in memory, not rows.
+    `keys` are what it calls image and caption. Only places of rows are in memory, not rows. One
+    process at a time: who calls it holds a lock.
     """
     into = Path(into) if into else out / "captions.jsonl"
     out = Path(out)
     # a file name need not be text: what is not is written as JSON's escape, such as \udcff
     as_text = {"mode": "w", "encoding": "utf-8", "errors": "backslashreplace"}
-    with explained(into), locked(out / "rows/merge.lock", 3600, "another process merges"):
+    with explained(into):
         places, errors = places_of(out)
         with files.whole(into) as path, path.open(**as_text) as file:
             for row in merged_rows(places, out, into.parent, keys):
@@ -244,21 +229,20 @@ def merge(out, into=None, keys=("image", "caption"), parquet=False):
 
 
 def places_of(out):
-    """Sorted [(id, file, offset)] of the row of each id, and how many of them are errors."""
+    """{id: (file, offset)} of the row of each id, and how many of them are errors."""
     good, failed = {}, {}
-    for path in sorted((out / "rows").glob("*-of-*.jsonl")):
+    for path in sorted((out / "rows").glob(f"{NAMES}.jsonl")):
         for start, _, row in rows_of(path):
             (failed if "error" in row else good).setdefault(row["id"], (path, start))
-    places = sorted((id, *place) for id, place in (failed | good).items())
-    return places, len(failed.keys() - good.keys())
+    return failed | good, len(failed.keys() - good.keys())
 
 
 def merged_rows(places, out, folder, keys):
-    """Yield the rows of a result in a folder."""
+    """Yield the rows of a result in a folder, sorted by id."""
     shift = os.path.relpath(os.path.realpath(out), os.path.realpath(folder))
     opened = {}
     with contextlib.ExitStack() as stack:
-        for _, rows, start in places:
+        for rows, start in (places[id] for id in sorted(places)):
             if rows not in opened and len(opened) == 100:       # systems allow a few hundred
                 stack.close()
                 opened.clear()
@@ -294,10 +278,17 @@ def write_parquet(into, keys):
 
 
 def parquet_row(row, types, many, caption):
-    """The columns of a row. What is not UTF-8 in names is spelled out, as in caf\\udce9.png."""
-    columns = {key: row.pop(key, None) for key in types if key != "more"}
+    """The columns of a row."""
+    columns = {key: utf8(row.pop(key, None)) for key in types if key != "more"}
     if many and isinstance(columns[caption], str):
         columns[caption] = [columns[caption]]
-    columns = {key: value.encode("utf-8", "backslashreplace").decode()
-               if isinstance(value, str) else value for key, value in columns.items()}
     return {**columns, "more": json.dumps(row)}
+
+
+def utf8(value):
+    """A name may have bytes that are not UTF-8: they are spelled out, as in caf\\udce9.png."""
+    if isinstance(value, list):
+        return list(map(utf8, value))
+    if not isinstance(value, str):
+        return value
+    return value.encode("utf-8", "backslashreplace").decode()

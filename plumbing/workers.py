@@ -15,6 +15,8 @@ from plumbing.errors import InputError
 from plumbing.images import printable
 from plumbing.shards import owner
 
+NAMES = f"{'[0-9]' * 5}-of-{'[0-9]' * 5}"       # a pattern of what name_of gives
+
 
 @contextlib.contextmanager
 def explained(path):
@@ -31,7 +33,7 @@ def explained(path):
 # ---------------------------------------------------------------- divisions
 def shard(text):
     """"i/n", a type for argparse -> (i, n): part i of n, counted from 0."""
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
     if not match or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r}: want I/N with I from 0 to N - 1, such as 0/16")
     return int(match[1]), int(match[2])
@@ -49,8 +51,10 @@ class Division:
     def from_environment(cls, shard=None):
         """The shard (i, n), without it the task of a SLURM array; and torchrun's rank."""
         count, number = shard_of_array() if shard is None else shard[::-1]
-        return cls(number, count, int(os.environ.get("RANK", 0)),
-                   int(os.environ.get("WORLD_SIZE", 1)))
+        rank, world = (int(os.environ.get(*of)) for of in (("RANK", 0), ("WORLD_SIZE", 1)))
+        if count * world > 99_999:
+            raise InputError(f"{count} shards of {world} ranks; at most 99999 workers can be named")
+        return cls(number, count, rank, world)
 
     @property
     def worker(self):
@@ -112,7 +116,9 @@ def locked(path, seconds, busy):
     with path.open("a+b", buffering=0) as file:
         while not acquired(file, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
-                raise InputError(f"{path}: {busy}")
+                file.seek(0)
+                holder = file.read(200).decode("utf-8", "replace")
+                raise InputError(f"{path}: {busy}{holder and f' ({holder})'}")
             time.sleep(0.05)
         LOCKS.add(file)
         try:

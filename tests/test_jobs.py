@@ -201,7 +201,8 @@ def test_a_worker_that_runs_is_refused_and_so_is_another_division(running):
     out, process = running
     with (
         pytest.raises(
-            InputError, match=r"00000-of-00002\.lock: is already being written by another"
+            InputError,
+            match=r"00000-of-00002\.lock: is already being written by another process \(process \d+ on ",
         ),
         jobs.Job(out, Division(0, 2)),
     ):
@@ -450,7 +451,7 @@ def test_a_disk_that_fills_up_and_one_that_becomes_read_only(tmp_path, small_dis
     assert "\n" not in str(error.value)
     ballast.unlink()
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(InputError, match="Read-only file system.*run the same command again"):
+    with pytest.raises(InputError, match=r"Read-only file system.*run the same command again"):
         work(out, items, Division(), **how)
     with pytest.raises(InputError, match="Read-only file system"):
         outputs.merge(out)

@@ -74,20 +74,20 @@ def test_appending_adds_lines_once(tmp_path, there):
 
 def test_a_caption_that_is_there_is_kept(tmp_path):
     item = photos(tmp_path / "in", ["a.png"])[0]
-    assert outputs.kept(item, text=True) is None
+    assert jobs.kept(item, text=True) is None
     (tmp_path / "in/a.txt").write_text(" \n")
-    assert outputs.kept(item, text=True) is None
+    assert jobs.kept(item, text=True) is None
     (tmp_path / "in/a.txt").write_text("\ufeffwritten by hand\n", "utf-8")
-    assert outputs.kept(item, text=True) == "written by hand" and outputs.kept(item) is None
+    assert jobs.kept(item, text=True) == "written by hand" and jobs.kept(item) is None
     (tmp_path / "m.jsonl").write_text('{"image": "in/a.png", "text": "in the manifest", "n": 1}\n')
     item = next(inputs.find([str(tmp_path / "m.jsonl")]))
-    assert outputs.kept(item, tmp_path / "out", text=True) == "in the manifest"
+    assert jobs.kept(item, tmp_path / "out", text=True) == "in the manifest"
     with jobs.Job(tmp_path / "out", Division(), write="txt", existing="skip") as job:
         job.todo([item])
         job.write(item, {"caption": "in the manifest", "finish": "kept"})
         job.finish()
     assert (tmp_path / "out/in/a.txt").read_text() == "in the manifest\n"
-    assert outputs.kept(item, tmp_path / "out", text=True) == "in the manifest"
+    assert jobs.kept(item, tmp_path / "out", text=True) == "in the manifest"
 
 
 def test_append_keeps_the_caption_of_the_manifest_before_the_new_one(tmp_path):
