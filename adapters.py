@@ -166,6 +166,21 @@ def active(model, names):
 
 
 # ---------------------------------------------------------------- adapter folders
+def newest(out=Path("out")):
+    """The folder that out/best.txt names, else the newest out/dpo*, else out/sft, else None."""
+    if (out / "best.txt").is_file():
+        best = Path((out / "best.txt").read_text(encoding="utf-8", errors="replace").strip())
+        for folder in (best, out / best):
+            if (folder / "adapters.json").is_file():
+                return folder
+        raise InputError(f"{out / 'best.txt'} names {str(best)!r}, which is not an adapter folder; "
+                         "correct it, or give --adapters")
+    rounds = [p for p in out.glob("dpo*") if (p / "adapters.json").is_file()]
+    if rounds:
+        return max(rounds, key=lambda p: (p / "adapters.json").stat().st_mtime)
+    return out / "sft" if (out / "sft/adapters.json").is_file() else None
+
+
 def folder_hash(folder):
     """sha256 of a folder's trained tensors, by which a later stage knows its parent."""
     digest = hashlib.sha256()

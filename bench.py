@@ -10,6 +10,10 @@ pairs       a training step on a chosen and a rejected caption, packed behind on
 reference   a training step with cached reference log-probs | with the reference run again
 samples     8 captions of one image on one prefix | one after the other
 questions   64 yes/no questions packed behind one prefix | one after the other
+captions    320 images, each tenth caption five times as long as the others: slots that are filled
+            again | batches that wait for their longest caption. Then, with --images, what decoding
+            these photographs ahead of a device costs it: two processes | in line, where the device
+            is a sleep of --seconds an image; and two ranks of caption.py | one, on toy scenes
 
 --against measures next to other people's code, on a random Qwen2.5-VL and one image of 400 tokens,
 then of 1,200. Each contestant has a process of its own, and they take turns. Images are prepared
@@ -26,29 +30,39 @@ import argparse
 import functools
 import importlib.util
 import json
+import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
+from PIL import Image
 
 import adapters
+import generate
 from base import open_base
+from chunking import seen_by
 from dpo import caption_logps, pack, pair_losses, pair_up
-from generate import decode, prefill, sample
+from generate import Sampling, decode, prefill, sample, stream
 from model import Config, QwenVL, VisionConfig
-from plumbing import arguments, weights
+from plumbing import arguments, data, weights
 from plumbing.errors import InputError
+from plumbing.images import find_images
+from toy_world import world
 
 # Lengths of the real model, in tokens; START is the id of <img> in the small vocabulary.
 QUERIES, VIEWS, PROMPT, CAPTION, QUESTION, START = 256, 6, 6, 300, 16, 600
 N_SAMPLES, SAMPLE, N_QUESTIONS = 8, 50, 64
+# Of captions: tokens of a usual one, slots, and scenes for two ranks.
+TOY, SHORT, SLOTS, RANK_SCENES = "assets/toy", 40, 16, 2000
 # The same of --against. A caption of 60 has its end token among them.
 PEER_PROMPT, PEER_CAPTION, PEER_SAMPLE, BETA = 20, 60, 64, 0.1
 NEEDED = {"trl": ("torchvision", "trl", "peft", "accelerate", "datasets"),
@@ -60,6 +74,9 @@ def parse_args(argv):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--only", choices=tuple(BENCHES), help="this comparison alone")
+    add("--images", type=Path, metavar="DIR", help="photographs for captions")
+    add("--seconds", type=arguments.positive, default=0.25, help="of a device for an image of "
+        "--images (default: 0.25)")
     add("--rounds", type=arguments.count, default=5, help="timed runs of each side (default: 5)")
     add("--hidden", type=arguments.count, help="width of the language model, a multiple of 128 "
         "(default: 256, or 512 with --against)")
@@ -178,7 +195,72 @@ def questions(model, images, device):
     return functools.partial(run, [asked]), functools.partial(run, [[one] for one in asked])
 
 
-BENCHES = {"pairs": pairs, "reference": reference, "samples": samples, "questions": questions}
+# ---------------------------------------------------------------- many captions
+class Uneven(generate.Batch):
+    """A batch of images, by number, whose captions end where they are meant to."""
+
+    def draw(self):
+        """The cost of drawing tokens, and then others: an end, or one that makes no loop."""
+        super().draw()
+        wanted = [SHORT * (5 if member and member.item % 10 == 0 else 1) for member in self.members]
+        eos = self.model.tokenizer.eos_id
+        return torch.tensor([eos if t >= end else t for t, end in zip(self.cache.used, wanted)])
+
+
+def captions(model, images, device):
+    """320 images in slots, and in batches of as many images as there are slots."""
+    model = open_base(TOY, device=device)
+    views = model.look([Image.new("RGB", (model.image_size,) * 2)] * VIEWS)
+    named = [(k, str(k), views) for k in range(320)]
+    how = Sampling(1, 5 * SHORT + 1, temperature=0.0)
+    batches = [named[start:start + SLOTS] for start in range(0, len(named), SLOTS)]
+
+    def run(parts):
+        with mock.patch.object(generate, "Batch", Uneven):
+            for part in parts:
+                for _ in stream(model, part, SLOTS, how):
+                    pass
+
+    return functools.partial(run, [named]), functools.partial(run, batches)
+
+
+def photographs(args):
+    """How busy a device that takes --seconds an image is kept, decoding ahead and in line."""
+    images = [path for path, _ in find_images([args.images])]
+    model = open_base(TOY)
+    for workers in (2, 0):
+        see = functools.partial(seen_by, model)
+        began, busy = time.perf_counter(), 0.0
+        for batch in data.ahead(images, see, workers, 4):
+            time.sleep(args.seconds * len(batch))
+            busy += args.seconds * len(batch)
+        share = busy / (time.perf_counter() - began)
+        print(f"photographs  {workers} processes: {len(images)} images, the device is busy "
+              f"{share:.1%} of the time", flush=True)
+
+
+def ranks(args):
+    """Seconds of caption.py on toy scenes, by one process and by two, with the time to start."""
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        world.draw_scenes(folder / "scenes", range(RANK_SCENES))
+        for n in (1, 2):
+            command = [sys.executable, "caption.py", str(folder / "scenes"), "--base", TOY,
+                       "--adapters", "none", "--out", str(folder / f"out-{n}")]
+            began = time.perf_counter()
+            running = [subprocess.Popen(command, cwd=Path(__file__).parent, env={
+                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(n), "OMP_NUM_THREADS": "1"},
+                stderr=subprocess.DEVNULL) for rank in range(n)]
+            if any(process.wait() for process in running):
+                raise InputError("caption.py failed")
+            seconds[n] = time.perf_counter() - began
+    print(f"ranks        one {seconds[1]:.1f} s   two {seconds[2]:.1f} s   one / two "
+          f"{seconds[1] / seconds[2]:.2f}", flush=True)
+
+
+BENCHES = {"pairs": pairs, "reference": reference, "samples": samples, "questions": questions,
+           "captions": captions}
 
 
 def next_to_plain(args):
@@ -195,6 +277,10 @@ def next_to_plain(args):
             ours, plain = compare(*sides, args.rounds, args.device)
             print(f"{name:10} ours {ours:8.3f} s   plain {plain:8.3f} s   plain / ours "
                   f"{plain / ours:5.2f}", flush=True)
+    if args.only == "captions":
+        ranks(args)
+        if args.images:
+            photographs(args)
     return 0
 
 

@@ -19,7 +19,7 @@ from chunking import seen_by
 from plumbing import data, files
 from plumbing.errors import InputError
 from plumbing.positions import ntk_alpha
-from plumbing.slots import Slots
+from plumbing.slots import Slots, timed
 from plumbing.texts import loops
 from plumbing.tokenizer import yes_and_no
 from plumbing.weights import enough_memory, free_bytes
@@ -188,7 +188,7 @@ def stream(model, images, slots, how, clock=None):
     batch = Batch(model, slots, how, Counter() if clock is None else clock)
     while True:
         while images and batch.wants_more(waiting):
-            with batch.timed("wait"):
+            with timed(batch.clock, "wait"):
                 image = next(images, None)
             if image is None:
                 images = None
@@ -200,7 +200,7 @@ def stream(model, images, slots, how, clock=None):
         if batch.is_empty:
             return
         what = f"{len(batch.members)} images × {how.n} captions; try a smaller --batch"
-        with batch.timed("decode"), enough_memory(what):
+        with timed(batch.clock, "decode"), enough_memory(what):
             ended = batch.step()
         yield from ended
 

@@ -58,6 +58,8 @@ def parse_args(argv):
     parser.add_argument("--images", type=int, default=8000, help="unlabelled scenes per round")
     parser.add_argument("--held-out", type=int, default=500, help="scenes for evaluation")
     parser.add_argument("--samples", type=int, default=6, help="captions per unlabelled scene")
+    parser.add_argument("--threshold", type=float, help="lowest P(yes) of a statement that is kept "
+                        "(default: as the QA adapter is calibrated; .85 with --no-data)")
     parser.add_argument("--processes", type=int, default=1,
                         help="processes per stage, under torchrun if more than 1")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes and of all stages")
@@ -132,7 +134,10 @@ def loop(args):
     """SFT and rounds of QA adapter, golden samples and preference training; with --no-data the
     rounds alone. Each captioner is evaluated."""
     out, seed = args.out, ("--seed", args.seed)
-    check_same(out, args, "base", "no_data", "captions", "images", "held_out", "samples", "seed")
+    check_same(out, args, "base", "no_data", "captions", "images", "held_out", "samples",
+               "threshold", "seed")
+    kept_from = ("--threshold", args.threshold) if args.threshold is not None else (
+        BARE_GOLDEN if args.no_data else ())
     run = Loop(out, args.processes)
     with_captions = f"{args.captions} with captions, " if not args.no_data else ""
     run.progress(f"drawing scenes: {with_captions}{args.images} without for each of {args.rounds} "
@@ -155,7 +160,7 @@ def loop(args):
             run.qa(captioner, train, qa, *seed)
         bare = () if captioner else ("--base", args.base)
         run.golden(captioner or "none", qa or "none", images, golden, *bare,
-                   *(() if captioner else BARE), *(() if qa else BARE_GOLDEN),
+                   *(() if captioner else BARE), *kept_from,
                    "--samples", args.samples, *seed)
         results[f"golden{k}"] = run.judge_golden(f"golden-{k}", golden, golden_truth)
         run.dpo(captioner or "none", golden, trained, *(() if qa else BARE_DPO), *bare,

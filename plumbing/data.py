@@ -315,6 +315,17 @@ def ahead(items, make, workers, batch=1):
     yield from loader(Decoded(items, make), workers, batch_size=batch)
 
 
+def in_order(items, pairs):
+    """Pairs (item, value) that come in any order -> the same in the order of the items."""
+    early = {}
+    pairs = iter(pairs)
+    for item in items:
+        while item.id not in early:
+            done, value = next(pairs)
+            early[done.id] = value
+        yield item, early.pop(item.id)
+
+
 def worker_signals(_):
     """Leave signals to the main process, which ends the workers.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
-from plumbing.errors import InputError
+from plumbing.errors import InputError, printable
 
 # Every further decoder is one more way in for a broken file.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -70,11 +70,6 @@ def open_image(source, name=None):
             raise InputError(f"{name}: cannot be read ({system[:120]})") from None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{name}: cannot be read, the file is damaged ({reason[:120]})") from None
-
-
-def printable(name):
-    """A path as a message shows it: on one line, whatever characters are in it."""
-    return str(name) if str(name).isprintable() else repr(str(name))
 
 
 def open_source(name, source):

@@ -11,8 +11,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from plumbing import lines, tars
-from plumbing.errors import InputError
-from plumbing.images import SUFFIXES, check_bytes, check_file, open_image, printable
+from plumbing.errors import InputError, printable
+from plumbing.images import SUFFIXES, check_bytes, check_file, open_image
 
 CAPTION_KEYS = ("caption", "text")
 
@@ -67,7 +67,7 @@ def from_argument(argument, taken, stdin):
     if os.path.isdir(argument):
         text = "is a folder without images; name tars, manifests and lists in it one by one"
         return True, or_empty(from_folder(argument), argument, text)
-    if lower.endswith(tars.SUFFIXES):
+    if lower.endswith(lines.COMPRESSED_TARS):
         return False, [broken(argument, tars.COMPRESSED)]
     if lower.endswith(".tar"):
         return False, or_empty(from_tar(argument, taken), argument, "holds no images")

@@ -20,11 +20,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from plumbing import files, inputs, outputs
-from plumbing.errors import InputError
-from plumbing.images import printable
-from plumbing.shards import Appender
+from plumbing.errors import InputError, explained, printable
+from plumbing.shards import NAMES, Appender
 from plumbing.tally import kind_of
-from plumbing.workers import NAMES, explained, is_held, locked, name_of, numbers_of
+from plumbing.workers import is_held, locked, name_of, numbers_of
 
 WRITE = ("jsonl", "txt", "webdataset", "parquet")
 EXISTING = ("skip", "overwrite", "append")

@@ -3,12 +3,12 @@ import json
 import math
 import os
 
-from plumbing import tars
-from plumbing.errors import InputError
-from plumbing.images import printable
+from plumbing.errors import InputError, printable
 
 MANIFESTS = (".jsonl", ".ndjson")
 LISTS = (".txt",)
+COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst",
+                   ".tar.lz4")
 IMAGE_KEYS = ("image", "file_name", "image_path")   # of a manifest row: the first that is there
 MAX_LINE = 2 ** 24      # bytes: a longer line is not metadata
 MAX_PATH = 10_000       # characters: no file system has as many
@@ -28,7 +28,7 @@ def read_lines(file):
 def listed(line):
     """A line of a list -> the path of an image."""
     name = os.fsdecode(line)
-    if name.lower().endswith((".tar", *tars.SUFFIXES, *MANIFESTS, *LISTS)):
+    if name.lower().endswith((".tar", *COMPRESSED_TARS, *MANIFESTS, *LISTS)):
         raise InputError(f"{printable(name)} is not an image; name it as an input of its own")
     return checked_name(name), {}
 

@@ -14,9 +14,8 @@ import tarfile
 from pathlib import Path
 
 from plumbing import files
-from plumbing.errors import InputError
-from plumbing.images import printable
-from plumbing.workers import NAMES, explained
+from plumbing.errors import InputError, explained, printable
+from plumbing.shards import NAMES
 
 # What is wrong with the disk or folder, not with one file name in it: no row is to blame for it.
 SYSTEM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,

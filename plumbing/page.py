@@ -1,5 +1,5 @@
-"""out/golden/index.html: for a hundred images, the samples, the verdict on each statement and the
-golden caption. The page is a single file that refers to nothing outside.
+"""index.html of golden samples, or of captions with their proof: for a hundred images, the samples,
+the verdict on each statement and the caption. It is a single file that refers to nothing outside.
 """
 import base64
 import html
@@ -110,9 +110,9 @@ def article(row, path):
     if "error" in row:
         parts.append(f'<p class="reason">{html.escape(row["error"])}</p>')
     else:
-        statements = ", ".join(map(statement, row["statements"])) or "(empty)"
-        golden = html.escape(row["chosen"] or "–")
-        parts += [f"<h3>samples</h3>{samples_list(row['samples'])}",
+        statements = ", ".join(map(statement, row.get("statements", []))) or "(empty)"
+        golden = html.escape(row.get("chosen", row.get("caption")) or "–")
+        parts += [f"<h3>samples</h3>{samples_list(row.get('samples', []))}",
                   f"<h3>combined, judged</h3><p>{statements}</p>",
                   f'<h3>golden</h3><p class="golden">{golden}</p>']
         if "left_out" in row:
@@ -135,9 +135,9 @@ def drawn_rows(path, seed):
     return rows, count
 
 
-def write_page(out, threshold, seed):
-    """out/index.html from out/record.jsonl: a random hundred of its rows."""
-    rows, count = drawn_rows(out / "record.jsonl", seed)
+def write_page(out, threshold, seed, made_of="record.jsonl"):
+    """out/index.html: a random hundred of the rows of out/record.jsonl, or of another file."""
+    rows, count = drawn_rows(out / made_of, seed)
     body = "".join(article(row, out / row["image"]) for row in rows)
     text = f"""<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8">

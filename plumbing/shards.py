@@ -15,6 +15,8 @@ from tqdm import tqdm
 from plumbing import files
 from plumbing.errors import InputError
 
+NAMES = f"{'[0-9]' * 5}-of-{'[0-9]' * 5}"       # a pattern of the names of caption.py's workers
+
 
 # ---------------------------------------------------------------- settings
 def check_settings(out, ranks, passes, settings):

@@ -14,6 +14,14 @@ from plumbing.weights import enough_memory
 REFILL = 4              # new images come in, together, once 1/REFILL of the slots is free
 
 
+@contextlib.contextmanager
+def timed(clock, what):
+    """Add the seconds inside to clock[what]."""
+    began = time.perf_counter()
+    yield
+    clock[what] += time.perf_counter() - began
+
+
 @dataclass
 class Member:
     """An image in a slot: n captions (lists of ids), and why each ended, None while it has not."""
@@ -34,13 +42,6 @@ class Slots:
         self.model, self.slots, self.n, self.clock = model, slots, n, clock
         self.members, self.cache, self.rows = [], None, {}
         self.length = None      # of the prompts of all members, in tokens
-
-    @contextlib.contextmanager
-    def timed(self, what):
-        """Add the seconds inside to clock[what]."""
-        began = time.perf_counter()
-        yield
-        self.clock[what] += time.perf_counter() - began
 
     @property
     def busy(self):
@@ -89,7 +90,7 @@ class Slots:
         members = [Member(item, [[] for _ in range(self.n)], [None] * self.n) for item in items]
         what = (f"{max(len(self.members), len(new))} images × {self.n} captions; try a smaller "
                 "--batch or --max-new-tokens, or fewer captions")
-        with enough_memory(what), self.timed("prefill"):
+        with enough_memory(what), timed(self.clock, "prefill"):
             cache, rows = self.begin(names, views, prompts)
             if self.is_empty:
                 self.length = len(prompts[0])

@@ -1,7 +1,6 @@
 """Workers that do one job without talking to each other: their numbers, locks and settings."""
 import argparse
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -11,23 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from plumbing import files
-from plumbing.errors import InputError
-from plumbing.images import printable
+from plumbing.errors import InputError, explained
 from plumbing.shards import owner
-
-NAMES = f"{'[0-9]' * 5}-of-{'[0-9]' * 5}"       # a pattern of what name_of gives
-
-
-@contextlib.contextmanager
-def explained(path):
-    """The system's errors as one line with the remedy; `path` where an error names no file."""
-    try:
-        yield
-    except OSError as error:
-        remedy = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "put that right"
-        name = printable(error.filename or path)
-        raise InputError(f"{name}: {error.strerror or error}; {remedy} and run the same command "
-                         "again") from None
 
 
 # ---------------------------------------------------------------- divisions

@@ -1,0 +1,86 @@
+"""What a folder of captions is asked for as a whole: its flags, merging it, listing what it lacks.
+"""
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from plumbing import arguments, inputs, jobs, outputs, workers
+from plumbing.errors import InputError
+from plumbing.page import write_page
+from plumbing.progress import Progress
+
+ONE_FILE_EACH = ("txt", "webdataset")       # --write: two images must not have the same target
+
+
+def add_flags(group):
+    """The flags of caption.py about what it writes, and where."""
+    add = group.add_argument
+    add("--out", type=Path, metavar="DIR", help="folder to write, or to resume (default: captions "
+        "go to stdout)")
+    add("--write", choices=jobs.WRITE, help="jsonl: DIR/captions.jsonl, which is always written; "
+        "txt: also a file for each image, under DIR, or without --out beside the image; "
+        "webdataset: also tar shards with image, txt and json; parquet: also DIR/captions.parquet "
+        "(default: jsonl)")
+    add("--existing", choices=jobs.EXISTING, help="what happens to an image that has a caption, in "
+        "its .txt file, manifest or tar (default: skip with --write txt, else overwrite)")
+    add("--keys", type=arguments.two_names, default="image,caption", metavar="IMAGE,CAPTION",
+        help="names of these two in captions.jsonl, such as image_path,caption or file_name,text")
+    add("--shard", type=workers.shard, metavar="I/N", help="do part I of N, counted "
+        "from 0 (default: from SLURM's array variables, else all)")
+    add("--retry-errors", action="store_true", help="try images again that ended in an error")
+    add("--jsonl", action="store_true", help="to stdout, JSON objects: image, caption as the model "
+        "wrote it, finish, tokens; or error")
+    add("--status", type=Path, metavar="DIR", help="list what of a folder is done, failed and "
+        "missing, and nothing else")
+    add("--merge", type=Path, metavar="DIR", help="write the captions.jsonl of a folder whose "
+        "shards ran apart, and nothing else")
+
+
+def settings_of(out):
+    """The settings with which a folder was begun. InputError where there are none."""
+    try:
+        return json.loads((out / "settings.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{out}: is not a folder of captions that --out made") from None
+
+
+def merge(out):
+    """Write captions.jsonl and what else is made of all rows."""
+    settings = settings_of(out)
+    with workers.locked(out / "rows/merge.lock", 3600, "is held by a process that merges"):
+        captions, errors = outputs.merge(out, None, settings["keys"],
+                                         parquet=settings["write"] == "parquet")
+        if settings["verify"]:
+            write_page(out, settings["threshold"], settings["seed"], "captions.jsonl")
+    print(f"wrote {out}/captions.jsonl: {captions} captions, {errors} errors", file=sys.stderr)
+
+
+def show_status(out):
+    """Print what a folder has and lacks -> whether every input has a row."""
+    settings = settings_of(out)
+    ids = None
+    if "-" not in settings["inputs"]:           # what stdin named cannot be read again
+        one_each = settings["write"] in ONE_FILE_EACH
+        ids = [item.id for item in inputs.find(settings["inputs"], one_per_target=one_each)]
+    report = jobs.status(out, ids)
+    print("\n".join(report["lines"]))
+    return not report["missing"]
+
+
+def progress(job, items):
+    """The bar of a rank: on the first one, of all ranks of its shard."""
+    ranks = [replace(job.division, rank=rank) for rank in range(job.division.world)]
+    others = [job.rows / f"{rank.name}.jsonl" for rank in ranks if rank != job.division]
+    if job.division.rank:
+        return Progress(0, (), hidden=True)
+    done = jobs.done_in(job.out)
+    missing = sum(item.id not in done and any(rank.owns(item.id) for rank in ranks)
+                  for item in items)
+    return Progress(missing + len(job.failed) * job.retry_errors, others, hidden=False)
+
+
+def all_whole(out, division):
+    """Whether every worker of a division has its share whole."""
+    names = (workers.name_of(worker, division.workers) for worker in range(division.workers))
+    return all((out / f"rows/{name}.json").exists() for name in names)
