@@ -390,14 +390,16 @@ def to_folder(args):
     workers.freeze(args.out, settings_of(args))
     tally, clock = Tally(), Counter()
     with jobs.Job(args.out, division, args.write, args.existing, args.retry_errors) as job:
-        if todo := job.todo(items):
+        todo, rows = job.todo(items), ()
+        if todo:                        # else no model need be loaded
             captioner = Captioner(args=args)
-            clock = captioner.clock
-            with reports.progress(job, items) as bar:
-                for item, row in captioner.rows(todo, keeps=keeping(args)):
+            clock, rows = captioner.clock, captioner.rows(todo, keeps=keeping(args))
+        with reports.progress(job, items) as bar:
+            for item, row in rows:
+                with timed(clock, "writing"):
                     job.write(item, row)
-                    tally.add(row)
-                    bar.step(tally.errors.total())
+                tally.add(row)
+                bar.step(tally.errors.total())
         job.finish()
         failed = job.failed
     for line in tally.lines(time.monotonic() - began, clock):
