@@ -9,6 +9,7 @@ WRITES  out/toy: data, a folder per stage, commands.jsonl, results.json, sheet.p
     python toy.py --base assets/toy-qwen3-vl    # on a Qwen3-VL of transformers, which errs more
     python toy.py --base assets/toy-qwen3-vl --no-data      # from images alone
     python toy.py pool out/toy out/toy-1        # table and gains of runs with several seeds
+    python toy.py dial out/toy out/toy-1        # what caption.py --verify gives, by its threshold
     python toy.py claims --only rounds          # test what the source claims, with several seeds
     python toy.py pretrain                      # train the base in assets/toy
     python toy.py report --base assets/toy      # what that base sees and invents on unseen scenes
@@ -30,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 from plumbing import files, scoring
 from plumbing.errors import InputError
 from plumbing.images import open_image
-from toy_world import base, claims, world
+from toy_world import base, claims, dial, world
 from toy_world.steps import (
     BARE,
     BARE_DPO,
@@ -64,7 +65,7 @@ def parse_args(argv):
                         help="processes per stage, under torchrun if more than 1")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes and of all stages")
     commands = parser.add_subparsers(dest="command",
-                                     metavar="pool | claims | pretrain | report | scenes")
+                                     metavar="pool | dial | claims | pretrain | report | scenes")
     add_commands(commands, defaults)
     args = parser.parse_args(argv)
     if args.command and argv[0] != args.command:
@@ -81,6 +82,10 @@ def add_commands(commands, defaults):
     p = commands.add_parser("claims", help="test what the source claims", formatter_class=defaults)
     claims.add_flags(p)
     p = commands.add_parser("pool", help="table and gains of several runs together",
+                            formatter_class=defaults)
+    p.add_argument("runs", type=Path, nargs="+", help="folders of runs that differ in the seed")
+    p.add_argument("--json", type=Path, help="file for the figures")
+    p = commands.add_parser("dial", help="verified captions against their threshold",
                             formatter_class=defaults)
     p.add_argument("runs", type=Path, nargs="+", help="folders of runs that differ in the seed")
     p.add_argument("--json", type=Path, help="file for the figures")
@@ -359,7 +364,7 @@ def scenes(args):
 def main(argv=None):
     args = parse_args(sys.argv[1:] if argv is None else argv)
     commands = {None: loop, "pool": pool, "claims": claims.main, "pretrain": pretrain,
-                "report": base.report, "scenes": scenes}
+                "report": base.report, "scenes": scenes, "dial": dial.dial}
     try:
         commands[args.command](args)
     except InputError as error:

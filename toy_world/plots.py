@@ -1,7 +1,8 @@
-"""The plots of docs/claims.md, from results/claims.json. Needs matplotlib, a development
-dependency.
+"""The plots of docs/claims.md, from results/claims.json, and of --verify. Needs matplotlib, a
+development dependency.
 
     python -m toy_world.plots --results results/claims.json --out assets/claims
+    python -m toy_world.plots --dial results/dial-*.json --out assets
 """
 import argparse
 import json
@@ -18,6 +19,8 @@ def parse_args(argv):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--results", type=Path, default=Path("results/claims.json"),
                    help="file that `python toy.py claims` wrote")
+    p.add_argument("--dial", type=Path, nargs="+", help="files that `python toy.py dial` wrote; "
+                   "their plot alone")
     p.add_argument("--out", type=Path, default=Path("assets/claims"), help="folder of the pictures")
     return p.parse_args(argv)
 
@@ -124,18 +127,45 @@ PLOTS = {
 }
 
 
+def plot_dial(paths, pyplot, out):
+    """dial.png: for each file, from precision to recall along the threshold."""
+    figure, rows = pyplot.subplots(1, len(paths), figsize=(4.4 * len(paths), 3.8), squeeze=False,
+                                   layout="constrained")
+    for path, axes in zip(paths, rows[0]):
+        result = json.loads(path.read_text("utf-8"))
+        for (name, curve), color in zip(result["curves"].items(), (RED, BLUE)):
+            points = [point for point in curve if point["precision"] is not None]
+            axes.plot([p["recall"] for p in points], [p["precision"] for p in points], color=color,
+                      label=name)
+            chosen = result[name]
+            axes.plot(chosen["recall"], chosen["precision"], "o", color=color)
+        for way, marker in (("greedy", "s"), ("sampled", "x")):
+            single = result["single"][way]
+            axes.plot(single["recall"], single["precision"], marker, color=GREY,
+                      label=f"one {way} caption")
+        axes.set_xlabel("recall")
+        axes.set_title(path.stem.removeprefix("dial-"), fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    rows[0][0].set_ylabel("precision")
+    figure.savefig(out / "dial.png", dpi=110)
+
+
 def main(argv=None):
     args = parse_args(argv)
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.dial:
+        plot_dial(args.dial, pyplot, args.out)
+        return 0
     try:
         results = json.loads(args.results.read_text("utf-8"))
     except (OSError, ValueError) as error:
         print(f"toy_world.plots: {args.results}: cannot be read ({error}); "
               "`python toy.py claims` writes it", file=sys.stderr)
         return 1
-    args.out.mkdir(parents=True, exist_ok=True)
     for name, plot in PLOTS.items():
         if name in results:
             result = results[name]

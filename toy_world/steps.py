@@ -40,12 +40,12 @@ class Loop:
         minutes, seconds = divmod(int(time.monotonic() - self.began), 60)
         print(f"[{minutes:2d}:{seconds:02d}] {line}", flush=True)
 
-    def run(self, makes, script, *arguments, stdout=None, stage=True):
+    def run(self, makes, script, *arguments, stdout=None, stage=True, allowed=(0,)):
         """Run a script of the repository unless `makes` exists.
 
         makes: a file that appears under this name only once it is complete. stdout: a file for what
-        the script prints. stage: the script may run under torchrun. InputError where the script
-        fails, and where `makes` was made by another command.
+        the script prints. stage: the script may run under torchrun. allowed: exit codes of success.
+        InputError where the script fails, and where `makes` was made by another command.
         """
         words = [os.path.relpath(CODE / script), *map(str, arguments)]
         torchrun = []
@@ -63,7 +63,7 @@ class Loop:
         module = ["-m", "torch.distributed.run", *torchrun[1:]] if torchrun else []
         code = self.start([sys.executable, *module, *words], stdout)
         where = f"in {self.log}" if self.log else "above"
-        if code:
+        if code not in allowed:
             raise InputError(f"{script} exited with {code}; fix the error reported {where} and run "
                              "the same command again")
         if not makes.exists():
