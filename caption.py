@@ -339,20 +339,17 @@ def to_stdout(args):
 
 def beside_images(args):
     """A text file beside each image -> exit code. What is there is the state of the work."""
-    division, failed, taken = workers.Division.from_environment(args.shard), 0, set()
-    items = [item for item in inputs.find(args.inputs) if division.owns(item.id)]
+    division, failed = workers.Division.from_environment(args.shard), 0
+    items = [item for item in outputs.beside(inputs.find(args.inputs)) if division.owns(item.id)]
     captioner = Captioner(args=args)
     with tqdm(items, unit="image", disable=None) as bar:
         for item, row in captioner.rows(items, keeps=keeping(args)):
             try:
                 if "error" in row:
                     raise InputError(row["error"])
-                path = outputs.text_path(item)
-                if path in taken:
-                    raise InputError(f"{printable(item.image)}: {path.name} is another image's")
-                taken.add(path)
                 if row["finish"] != "kept":
-                    outputs.write_text(path, row["caption"], append=args.existing == "append")
+                    outputs.write_text(outputs.text_path(item), row["caption"],
+                                       append=args.existing == "append")
             except InputError as error:
                 failed += 1
                 tqdm.write(f"caption.py: {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 from plumbing import files
@@ -76,6 +77,20 @@ def text_path(item, out=None):
         raise InputError(f"{printable(item.image)}: there is no place beside a member of a tar; "
                          "give --out")
     return Path(f"{os.path.splitext(item.path)[0]}.txt")
+
+
+def beside(items):
+    """Items -> the same, but errors where the text file beside one would be an earlier one's."""
+    owners = {}
+    for item in items:
+        try:
+            path = item.error or text_path(item)
+            if not item.error and (owner := owners.setdefault(path, item.image)) != item.image:
+                raise InputError(f"{printable(item.image)}: {path.name} is the file of "
+                                 f"{printable(owner)}; rename one")
+        except InputError as error:
+            item = replace(item, error=str(error))
+        yield item
 
 
 def text_in(path):
