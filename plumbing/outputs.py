@@ -84,10 +84,10 @@ def beside(items):
     owners = {}
     for item in items:
         try:
-            path = item.error or text_path(item)
-            if not item.error and (owner := owners.setdefault(path, item.image)) != item.image:
-                raise InputError(f"{printable(item.image)}: {path.name} is the file of "
-                                 f"{printable(owner)}; rename one")
+            owner = item.error or owners.setdefault(text_path(item), item.image)
+            if not item.error and owner != item.image:
+                raise InputError(f"{printable(item.image)}: its text would be in the same file as "
+                                 f"that of {printable(owner)}; rename one")
         except InputError as error:
             item = replace(item, error=str(error))
         yield item

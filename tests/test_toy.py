@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -20,7 +21,7 @@ import pytest
 import stages
 from PIL import Image
 
-import caption
+import adapters
 import plumbing.weights
 import toy
 from base import open_base
@@ -317,7 +318,7 @@ def test_the_sheet_is_a_picture(whole):
 
 
 def test_the_best_captioner_is_named_where_caption_py_looks(whole):
-    folder = caption.default_adapters(whole.out.parent)
+    folder = adapters.newest(whole.out.parent)
     results = figures_of(whole.out)
     of = {"sft": "sft", "dpo-1": "round1", "dpo-2": "round2"}
     both = {
@@ -1008,6 +1009,41 @@ def test_pooled_runs_are_the_mean_and_all_scenes_together(judged, tmp_path, caps
     assert "let the run finish first" in capsys.readouterr().err
 
 
+def test_the_dial_is_the_precision_and_recall_of_verified_captions(copied, tmp_path, capsys):
+    """The curve's point at the run's own threshold is what evaluate.py would say of these captions."""
+    out = tmp_path / "dial.json"
+    with running(Here()):
+        assert toy.main(["dial", str(copied), "--json", str(out)]) == 0
+    figures = json.loads(out.read_text())
+    assert set(figures["curves"]) == {"verified", "union of 6, verified"} == set(figures["gains"])
+    rows = stages.read_rows(copied / "dial-6/captions.jsonl")
+    assert len(rows) == int(SIZES["--held-out"]) and all("statements" in row for row in rows)
+    recalls = [point["recall"] or 0 for point in figures["curves"]["union of 6, verified"]]
+    assert recalls == sorted(recalls, reverse=True) and len(recalls) == len(figures["thresholds"])
+    written = [
+        {"image": Path(row["image"]).name, "caption": row.get("caption", "")} for row in rows
+    ]
+    truth = [
+        {**row, "image": Path(row["image"]).name}
+        for row in stages.read_rows(copied / "truth/held-out.jsonl")
+    ]
+    expected = scoring.score(written, truth)
+    assert figures["union of 6, verified"]["recall"] == pytest.approx(expected["recall"])
+    assert toy.main(["dial", str(tmp_path)]) == 1
+    assert "no results.json" in capsys.readouterr().err
+
+
+def test_captions_of_a_loose_base_call_some_rings_circles():
+    rng = random.Random(0)
+    said = [base.as_captioned("center blue ring", 0.6, rng) for _ in range(1000)]
+    assert set(said) == {"center blue ring", "center blue circle"}
+    assert 550 < said.count("center blue circle") < 650
+    state = rng.getstate()
+    assert base.as_captioned("center blue ring", 0.0, rng) == "center blue ring"
+    assert base.as_captioned("background gray", 1.0, rng) == "background gray"
+    assert rng.getstate() == state  # the qwen_vl base's random numbers are as before
+
+
 def test_the_toy_base_of_todays_kind(tmp_path):
     """assets/toy-qwen3-vl: as transformers saves it, small, and good but not perfect."""
     folder = Path(toy.__file__).parent / "assets/toy-qwen3-vl"
@@ -1016,5 +1052,5 @@ def test_the_toy_base_of_todays_kind(tmp_path):
         "Qwen3VLForConditionalGeneration"
     ]
     figures = base.measure(open_base(folder), 60, 7)["six views"]
-    assert 0.9 < figures["yes/no"]["all"][0] < 0.995
+    assert 0.85 < figures["yes/no"]["all"][0] < 0.995
     assert 0.8 < figures["precision"]["all"][0] < 0.99 and figures["recall"]["all"][0] > 0.8
