@@ -247,7 +247,8 @@ def status(out, ids=None):
         done = done_in(out)
         ids = done.keys() if ids is None else list(ids)
         kinds = Counter(done[id] for id in ids if id in done)
-        locks = list((out / "rows").glob(f"{NAMES}.lock"))
+        locks = [path for path in (out / "rows").glob(f"{NAMES}.lock")
+                 if path.stat().st_size]        # an empty one is of a worker that was refused
         if locks:
             latest = max(locks, key=lambda path: path.stat().st_mtime_ns)
         report = {"inputs": len(ids), "captions": kinds.pop(None, 0), "errors": dict(kinds),
