@@ -69,10 +69,10 @@ only.addEventListener("change", show); near.addEventListener("input", show); sho
 """
 
 
-def thumbnail(path):
+def thumbnail(path, opened=open_image):
     """An <img> that contains the picture, or a paragraph with the reason why it cannot be read."""
     try:
-        image = open_image(path)
+        image = opened(path)
     except InputError as error:
         return f'<p class="reason">{html.escape(str(error))}</p>'
     image.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -104,7 +104,7 @@ def samples_list(samples):
     return f"<ol>{''.join(items)}</ol>"
 
 
-def article(row, path):
+def article(row, path, opened=open_image):
     """A row of record.jsonl and its image as an <article>."""
     parts = [f"<h2>{html.escape(row['image'])}</h2>"]
     if "error" in row:
@@ -117,7 +117,7 @@ def article(row, path):
                   f'<h3>golden</h3><p class="golden">{golden}</p>']
         if "left_out" in row:
             parts.append(f'<p class="reason">left out: {html.escape(row["left_out"])}</p>')
-    return f"<article><div>{thumbnail(path)}</div><div>{''.join(parts)}</div></article>\n"
+    return f"<article><div>{thumbnail(path, opened)}</div><div>{''.join(parts)}</div></article>\n"
 
 
 def drawn_rows(path, seed):
@@ -135,10 +135,15 @@ def drawn_rows(path, seed):
     return rows, count
 
 
-def write_page(out, threshold, seed, made_of="record.jsonl"):
-    """out/index.html: a random hundred of the rows of out/record.jsonl, or of another file."""
+def write_page(out, threshold, seed, made_of="record.jsonl", keys=("image", "caption"),
+               opened=open_image):
+    """out/index.html: a random hundred of the rows of out/record.jsonl, or of another file.
+
+    keys: what the file calls image and caption. opened(path) is the image at a path.
+    """
     rows, count = drawn_rows(out / made_of, seed)
-    body = "".join(article(row, out / row["image"]) for row in rows)
+    rows = [{**row, "image": row[keys[0]], "caption": row.get(keys[1])} for row in rows]
+    body = "".join(article(row, out / row["image"], opened) for row in rows)
     text = f"""<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">

@@ -1,12 +1,15 @@
 """What a folder of captions is asked for as a whole: its flags, merging it, listing what it lacks.
 """
 import json
+import os
 import sys
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 from plumbing import arguments, inputs, jobs, outputs, workers
 from plumbing.errors import InputError
+from plumbing.images import open_image
 from plumbing.page import write_page
 from plumbing.progress import Progress
 
@@ -52,8 +55,23 @@ def merge(out):
         captions, errors = outputs.merge(out, None, settings["keys"],
                                          parquet=settings["write"] == "parquet")
         if settings["verify"]:
-            write_page(out, settings["threshold"], settings["seed"], "captions.jsonl")
+            write_page(out, settings["threshold"], settings["seed"], "captions.jsonl",
+                       settings["keys"], image_at)
     print(f"wrote {out}/captions.jsonl: {captions} captions, {errors} errors", file=sys.stderr)
+
+
+@lru_cache(maxsize=2)
+def members_of(tar):
+    """{path of a tar/member: item}; rows of a tar follow each other, so few tars are remembered."""
+    return {item.image: item for item in inputs.find([tar])}
+
+
+def image_at(path):
+    """The image at a path, which may lead into a tar."""
+    head, tar, _ = str(path).rpartition(".tar/")
+    if tar and os.path.isfile(f"{head}.tar"):
+        path = members_of(f"{head}.tar").get(str(path), path)
+    return inputs.open_item(path) if isinstance(path, inputs.Item) else open_image(path)
 
 
 def show_status(out):
