@@ -131,17 +131,10 @@ def check(p, args):
         p.error("--threshold goes with --verify")
     if args.past_context and args.max_new_tokens is None:
         p.error("--past-context needs --max-new-tokens")
-    if args.write in ("webdataset", "parquet") and not args.out:
-        p.error(f"--write {args.write} needs --out")
-    if args.jsonl and (args.out or args.write):
-        p.error("--jsonl is for stdout; with --out there is a captions.jsonl")
-    is_one_of_several = args.shard or int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if is_one_of_several and "-" in args.inputs:
-        p.error("-: only one process can read stdin; write the list to a file")
-    if is_one_of_several and not args.out and args.write != "txt":
-        p.error("several workers need --out, a folder for their captions")
-    args.write = args.write or "jsonl"
-    args.existing = args.existing or ("skip" if args.write == "txt" else "overwrite")
+    if args.jsonl and (args.prefix or args.suffix or args.max_words):
+        p.error("--jsonl prints what the model wrote; for --prefix, --suffix and --max-words, use "
+                "--out")
+    reports.check(p, args)
 
 
 # ---------------------------------------------------------------- what captions, and what judges

@@ -1,5 +1,6 @@
 """What a folder of captions is asked for as a whole: its flags, merging it, listing what it lacks.
 """
+import importlib.util
 import json
 import os
 import sys
@@ -27,8 +28,8 @@ def add_flags(group):
         "(default: jsonl)")
     add("--existing", choices=jobs.EXISTING, help="what happens to an image that has a caption, in "
         "its .txt file, manifest or tar (default: skip with --write txt, else overwrite)")
-    add("--keys", type=arguments.two_names, default="image,caption", metavar="IMAGE,CAPTION",
-        help="names of these two in captions.jsonl, such as image_path,caption or file_name,text")
+    add("--keys", type=arguments.two_names, metavar="IMAGE,CAPTION", help="names of these two in "
+        "captions.jsonl, such as image_path,caption or file_name,text (default: image,caption)")
     add("--shard", type=workers.shard, metavar="I/N", help="do part I of N, counted "
         "from 0 (default: from SLURM's array variables, else all)")
     add("--retry-errors", action="store_true", help="try images again that ended in an error")
@@ -38,6 +39,28 @@ def add_flags(group):
         "missing, and nothing else")
     add("--merge", type=Path, metavar="DIR", help="write the captions.jsonl of a folder whose "
         "shards ran apart, and nothing else")
+
+
+def check(p, args):
+    """argparse's one-line error where the flags above do not go together; sets their defaults."""
+    beside = args.write == "txt" and not args.out
+    for flag, given in (("--keys", args.keys), ("--retry-errors", args.retry_errors),
+                        ("--write webdataset", args.write == "webdataset"),
+                        ("--write parquet", args.write == "parquet"),
+                        ("--existing", args.existing and not beside)):
+        if given and not args.out:
+            p.error(f"{flag} needs --out, a folder for the captions")
+    if args.write == "parquet" and importlib.util.find_spec("pyarrow") is None:
+        p.error("--write parquet needs pyarrow: pip install pyarrow")
+    if args.jsonl and (args.out or args.write):
+        p.error("--jsonl is for stdout; with --out there is a captions.jsonl")
+    if args.shard or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if "-" in args.inputs:
+            p.error("-: only one process can read stdin; write the list to a file")
+        if not args.out and not beside:
+            p.error("several workers need --out, a folder for their captions")
+    args.write, args.keys = args.write or "jsonl", args.keys or ["image", "caption"]
+    args.existing = args.existing or ("skip" if args.write == "txt" else "overwrite")
 
 
 def settings_of(out):

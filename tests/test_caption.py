@@ -515,7 +515,7 @@ def test_a_context_that_is_too_short_for_a_chosen_batch(tmp_path, photos, capsys
 
 def test_a_path_that_is_too_long(tiny_base, capsys):
     code, out, err = run(capsys, "a" * 300 + ".jpg", "--base", tiny_base)
-    assert (code, out) == (1, []) and "no such image" in err[-1]
+    assert (code, out) == (1, []) and "too long" in err[-1]
 
 
 def test_a_best_txt_that_is_no_text(tiny_base, photos, capsys):
