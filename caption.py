@@ -209,7 +209,7 @@ class Captioner:
     """The model with all that it needs to caption. flags: those of the command line.
 
     For Ray Data, on columns `id` and `image`, bytes or paths: dataset.map_batches(Captioner,
-    fn_constructor_args=["--adapters", "out/dpo"], batch_size=64, num_gpus=1, concurrency=8).
+    fn_constructor_args=["--adapters", "/data/dpo"], batch_size=64, num_gpus=1, concurrency=8).
     """
 
     def __init__(self, *flags, args=None):
