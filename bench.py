@@ -204,7 +204,8 @@ class Uneven(generate.Batch):
         super().draw()
         wanted = [SHORT * (5 if member and member.item % 10 == 0 else 1) for member in self.members]
         eos = self.model.tokenizer.eos_id
-        return torch.tensor([eos if t >= end else t for t, end in zip(self.cache.used, wanted)])
+        return torch.tensor([eos if t >= end else t for t, end in zip(self.cache.used, wanted)],
+                            device=self.model.device)
 
 
 def captions(model, images, device):

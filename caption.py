@@ -44,7 +44,7 @@ from generate import (
     yes_probability,
 )
 from plumbing import arguments, data, inputs, jobs, outputs, reports, rules, workers
-from plumbing.errors import InputError, printable
+from plumbing.errors import InputError, explained, printable
 from plumbing.images import open_image
 from plumbing.slots import timed
 from plumbing.tally import Tally
@@ -61,7 +61,7 @@ def parse_args(argv):
     add_model_flags(p.add_argument_group("model"))
     add_caption_flags(p.add_argument_group("captions"))
     reports.add_flags(p.add_argument_group("output"))
-    args = p.parse_args(argv)
+    args = p.parse_args(argv, argparse.Namespace(given=argv or sys.argv[1:]))
     check(p, args)
     args.n_samples = args.union or args.n
     if args.temperature is None:
@@ -118,8 +118,8 @@ def add_caption_flags(group):
 def check(p, args):
     """argparse's one-line error where flags do not go together."""
     if args.status or args.merge:
-        if args.inputs or args.out:
-            p.error("--status and --merge take a folder and no images")
+        if len(args.given) > 2:
+            p.error("--status and --merge take a folder and nothing else")
         return
     if not args.inputs or not all(args.inputs):
         p.error("give images: files, folders, manifests, lists or tars")
@@ -213,7 +213,8 @@ class Captioner:
     """
 
     def __init__(self, *flags, args=None):
-        self.args = args = args or parse_args([*flags, "-"])
+        # in one of Ray's processes it is not safe to fork others
+        self.args = args = args or parse_args(["--workers", "0", *flags, "-"])
         self.model, self.boxes = load_model(args)
         self.captioning, self.asking = load_judge(args, self.model)
         self.threshold = threshold_of(args)
@@ -225,12 +226,11 @@ class Captioner:
 
     def __call__(self, batch):
         """{"id", "image"} -> {"id", "caption", "error"}, a row for each image; one is None."""
-        ids, images = list(map(str, batch["id"])), list(batch["image"])
-        items = [inputs.Item(name, name, name) for name in ids]
-        opened = dict(zip(ids, images))
-        rows = {item.id: row
-                for item, row in self.rows(items, opened=lambda item: open_image(opened[item.id]))}
-        return {"id": batch["id"], **{key: [rows[name].get(key) for name in ids]
+        images = list(batch["image"])
+        items = [inputs.Item(str(k), str(name), str(name)) for k, name in enumerate(batch["id"])]
+        rows = {int(item.id): row for item, row in self.rows(
+            items, opened=lambda item: open_image(images[int(item.id)], item.name))}
+        return {"id": batch["id"], **{key: [rows[k].get(key) for k in range(len(images))]
                                       for key in ("caption", "error")}}
 
     def results(self, items, keeps=lambda item: None, opened=inputs.open_item):
@@ -335,14 +335,14 @@ def beside_images(args):
     division, failed = workers.Division.from_environment(args.shard), 0
     items = [item for item in outputs.beside(inputs.find(args.inputs)) if division.owns(item.id)]
     captioner = Captioner(args=args)
-    with tqdm(items, unit="image", disable=None) as bar:
+    with explained("."), tqdm(items, unit="image", disable=None) as bar:    # a full disk ends it
         for item, row in captioner.rows(items, keeps=keeping(args)):
             try:
                 if "error" in row:
                     raise InputError(row["error"])
                 if row["finish"] != "kept":
-                    outputs.write_text(outputs.text_path(item), row["caption"],
-                                       append=args.existing == "append")
+                    outputs.replace_text(outputs.text_path(item), row["caption"],
+                                         append=args.existing == "append")
             except InputError as error:
                 failed += 1
                 tqdm.write(f"caption.py: {error}", file=sys.stderr)
@@ -365,29 +365,34 @@ DEPENDS_ON = ("inputs", "caption_prompt", "views", "verify", "n", "union", "temp
 
 def settings_of(args):
     """All that the captions of a folder depend on: the same for all of its workers."""
+    threshold = threshold_of(args)              # reads the judge's folder
     folder, card = adapters_of(args)
     named = {"base": args.base or card["base"], "dtype": args.dtype or f"as {args.device[:4]}",
              "adapters": adapters.folder_hash(folder) if folder else "none",
              "judge": adapters.folder_hash(args.verify) if has_folder(args.verify) else args.verify}
     return {**named, **{name: getattr(args, name) for name in DEPENDS_ON},
-            "threshold": threshold_of(args)}
+            "threshold": threshold}
 
 
 def to_folder(args):
     """This worker's share of the images, each a row -> exit code: 1 if any ended in an error."""
     began, division = time.monotonic(), workers.Division.from_environment(args.shard)
     items = list(inputs.find(args.inputs, one_per_target=args.write in reports.ONE_FILE_EACH))
+    reports.check_new(args.out, args.inputs)
     workers.freeze(args.out, settings_of(args))
     tally, clock = Tally(), Counter()
     with jobs.Job(args.out, division, args.write, args.existing, args.retry_errors) as job:
         todo, rows = job.todo(items), ()
+        if division.workers > 1:
+            print(f"worker {division.worker} of {division.workers}, counted from 0: {len(todo)} of "
+                  f"{len(items)} images to do", file=sys.stderr)
         if todo:                        # else no model need be loaded
             captioner = Captioner(args=args)
             clock, rows = captioner.clock, captioner.rows(todo, keeps=keeping(args))
         with reports.progress(job, items) as bar:
             for item, row in rows:
                 with timed(clock, "writing"):
-                    job.write(item, row)
+                    row = job.write(item, row)
                 tally.add(row)
                 bar.step(tally.errors.total())
         job.finish()
@@ -395,8 +400,11 @@ def to_folder(args):
     for line in tally.lines(time.monotonic() - began, clock):
         print(line, file=sys.stderr)
     if reports.all_whole(args.out, division):
-        reports.merge(args.out)
-    return 1 if failed else 0
+        reports.merge(args.out, if_old=True)
+    else:
+        print(f"other workers are not done: caption.py --status {args.out}", file=sys.stderr)
+    # a rank or task that ended with 1 would have the others stopped, or be started again
+    return 1 if failed and division.workers == 1 else 0
 
 
 # ---------------------------------------------------------------- main

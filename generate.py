@@ -172,6 +172,8 @@ def sample(model, views, names, n=1, max_new_tokens=None, temperature=1.0, top_p
         raise ValueError(f"want {len(views)} names")
     images = zip(range(len(views)), names, views)
     results = dict(stream(model, images, max(len(views), 1), how))
+    if errors := [error for error in results.values() if isinstance(error, InputError)]:
+        raise errors[0]
     return [results[i] for i in range(len(views))]
 
 
@@ -210,20 +212,27 @@ class Batch(Slots):
 
     def __init__(self, model, slots, how, clock):
         super().__init__(model, slots, how.n, clock)
-        self.how = how
+        self.how, self.works = how, False
 
     def begin(self, names, views, prompts):
-        """Prefill equally long prompts -> their cache and, of every row, {"logits", "u"}."""
+        """Prefill equally long prompts -> their cache, of every row {"logits", "u"}, and errors.
+
+        A picture whose logits are not finite is an error, unless no picture ever was better.
+        """
         how, device = self.how, self.model.device
         self.room = room_left(self.model, views[0], how.max_new_tokens, how.past_context)
         ids = torch.tensor(prompts, device=device)
         with evaluating(self.model):
             cache, logits = prefill(self.model, ids, data.together(views), None, how.n, self.room)
-        if not bool(logits.amax(-1).isfinite().all()):
-            raise InputError("the model's logits are not finite; in float16, try bfloat16 or "
-                             "float32")
+        broken = InputError("the model's logits are not finite; in float16, try bfloat16 or "
+                            "float32")
+        finite = logits.amax(-1).isfinite().view(len(ids), -1).all(-1)        # (I,)
+        errors = [None if is_finite else broken for is_finite in finite.tolist()]
+        self.works = self.works or not all(errors)
+        if not self.works:
+            raise broken
         u = [uniforms(how.seed, name, k, self.room) for name in names for k in range(how.n)]
-        return cache, {"logits": logits, "u": torch.tensor(np.array(u), device=device)}
+        return cache, {"logits": logits, "u": torch.tensor(np.array(u), device=device)}, errors
 
     def step(self):
         """Append a token to every caption -> [(item, results)] of the images that ended by it."""
@@ -231,7 +240,10 @@ class Batch(Slots):
         tokens = self.draw()                                                  # (I·n,)
         for i, row in enumerate(tokens.view(-1, self.n).tolist()):
             member = self.members[i]
-            if member and all([append(member, k, token, tokenizer, self.room)
+            if member and member.error:
+                ended.append((member.item, member.error))
+                self.members[i] = None
+            elif member and all([append(member, k, token, tokenizer, self.room)
                                for k, token in enumerate(row)]):
                 ended.append((member.item, results(member, tokenizer)))
                 self.members[i] = None

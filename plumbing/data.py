@@ -285,9 +285,20 @@ def loader(dataset, workers, **batches):
     # fork: the other start methods (usual on a Mac, and from Python 3.14) would have to pickle the
     # dataset
     start = "fork" if workers else None
-    for items in DataLoader(dataset, num_workers=workers, collate_fn=to_arrays,
-                            worker_init_fn=worker_signals, multiprocessing_context=start,
-                            **batches):
+    made = iter(DataLoader(dataset, num_workers=workers, collate_fn=to_arrays,
+                           worker_init_fn=worker_signals, multiprocessing_context=start,
+                           **batches))
+    while True:
+        try:
+            items = next(made)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise InputError(f"a process that decodes images died ({str(error).splitlines()[0]}); "
+                             "run the same command again, with --workers 0 if it does so at the "
+                             "same place") from None
         yield to_tensors(items)
 
 

@@ -116,7 +116,8 @@ class Job:
         return [item for item in share if item.id not in self.done or item.id in again]
 
     def write(self, item, row):
-        """Append the row of an item, {"caption", ...} or {"error"}, and make what belongs to it.
+        """Append the row of an item, {"caption", ...} or {"error"}, and make what belongs to it
+        -> the row as it was written.
 
         The name of the text file is taken last: a kill before leaves a row without its text, and
         `repair` makes it. An error row is written where the text file cannot be.
@@ -137,6 +138,7 @@ class Job:
             self.done[item.id] = (kind_of(row["error"]) or "error") if "error" in row else None
             if self.kind == "webdataset" and "caption" in row:
                 self.pack_beside()
+            return row
 
     def whole_row(self, item, row):
         """The row of an item with all that its files, the merged result and restarts need."""
@@ -238,7 +240,8 @@ def last_row(path):
 def status(out, ids=None):
     """What became of a job's inputs, all `ids` of them, and of its workers -> a dict.
 
-    inputs, captions: counts; errors: {kind: count}; missing: ids without a row; whole, running,
+    inputs, captions: counts; errors: {kind: count}; missing: ids without a row; failed: with an
+    error; whole, running,
     unfinished: names of workers of the latest division; left_out: {id: why} of captioned images
     that are in no tar shard; lines: all that to print. Without ids, none is missing.
     """
@@ -253,6 +256,7 @@ def status(out, ids=None):
             latest = max(locks, key=lambda path: path.stat().st_mtime_ns)
         report = {"inputs": len(ids), "captions": kinds.pop(None, 0), "errors": dict(kinds),
                   "missing": [id for id in ids if id not in done],
+                  "failed": [id for id in ids if done.get(id)],
                   "whole": [], "running": [], "unfinished": [], "left_out": {}}
         for name in names_beside(latest) if latest else ():
             report[state_of(out / "rows" / name)].append(name)
@@ -286,7 +290,8 @@ def lines_of_status(out, report):
     lines.append(f"{sum(workers.values())} workers: " + ", ".join(
         f"{count} {state}" for state, count in workers.items()))
     names = report["unfinished"]
-    for what, some in (("missing", report["missing"]), ("unfinished", names)):
+    for what, some in (("missing", report["missing"]), ("unfinished", names),
+                       ("failed", report["failed"])):
         if some:
             more = f" and {len(some) - 10} more" if len(some) > 10 else ""
             lines.append(f"{what}: {', '.join(map(printable, some[:10]))}{more}")

@@ -100,11 +100,11 @@ def text_in(path):
     return path.read_text("utf-8-sig", "replace").strip() or None
 
 
-def write_text(path, caption, append=False):
-    """Write a caption to a text file, a line each where there are several. InputError: one line."""
-    with explained(path):
-        if temporary := prepare_text(path, caption, append):
-            os.replace(temporary, path)
+def replace_text(path, caption, append=False):
+    """Write a caption to a text file, a line each where there are several; errors as of
+    prepare_text."""
+    if temporary := prepare_text(path, caption, append):
+        os.replace(temporary, path)
 
 
 def prepare_text(path, caption, append=False):

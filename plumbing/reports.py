@@ -9,12 +9,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from plumbing import arguments, inputs, jobs, outputs, workers
-from plumbing.errors import InputError
+from plumbing.errors import InputError, explained
 from plumbing.images import open_image
 from plumbing.page import write_page
 from plumbing.progress import Progress
 
-ONE_FILE_EACH = ("txt", "webdataset")       # --write: two images must not have the same target
+ONE_FILE_EACH = ("txt",)        # --write: two images must not have the same target
 
 
 def add_flags(group):
@@ -32,7 +32,7 @@ def add_flags(group):
         "captions.jsonl, such as image_path,caption or file_name,text (default: image,caption)")
     add("--shard", type=workers.shard, metavar="I/N", help="do part I of N, counted "
         "from 0 (default: from SLURM's array variables, else all)")
-    add("--retry-errors", action="store_true", help="try images again that ended in an error")
+    add("--retry-errors", action="store_true", help="retry images that ended in an error")
     add("--jsonl", action="store_true", help="to stdout, JSON objects: image, caption as the model "
         "wrote it, finish, tokens; or error")
     add("--status", type=Path, metavar="DIR", help="list what of a folder is done, failed and "
@@ -71,16 +71,34 @@ def settings_of(out):
         raise InputError(f"{out}: is not a folder of captions that --out made") from None
 
 
-def merge(out):
-    """Write captions.jsonl and what else is made of all rows."""
+def check_new(out, arguments):
+    """InputError where a folder has a captions.jsonl that is not ours to write over."""
+    path = out / "captions.jsonl"
+    is_ours = (out / "settings.json").exists()
+    if path.exists() and (not is_ours or any(Path(a).resolve() == path.resolve()
+                                             for a in arguments if a != "-")):
+        raise InputError(f"{path}: would be written over; give another --out")
+
+
+def merge(out, if_old=False):
+    """Write captions.jsonl and what else is made of all rows; `if_old`: unless it is newer."""
     settings = settings_of(out)
-    with workers.locked(out / "rows/merge.lock", 3600, "is held by a process that merges"):
+    with explained(out), workers.locked(out / "rows/merge.lock", 3600,
+                                        "is held by a process that merges"):
+        if if_old and is_newer(out / "captions.jsonl", (out / "rows").glob("*.jsonl")):
+            return
         captions, errors = outputs.merge(out, None, settings["keys"],
                                          parquet=settings["write"] == "parquet")
         if settings["verify"]:
             write_page(out, settings["threshold"], settings["seed"], "captions.jsonl",
                        settings["keys"], image_at)
     print(f"wrote {out}/captions.jsonl: {captions} captions, {errors} errors", file=sys.stderr)
+
+
+def is_newer(path, others):
+    """Whether a file was written after all others."""
+    return path.exists() and all(path.stat().st_mtime_ns > other.stat().st_mtime_ns
+                                 for other in others)
 
 
 @lru_cache(maxsize=2)
@@ -106,7 +124,9 @@ def show_status(out):
         ids = [item.id for item in inputs.find(settings["inputs"], one_per_target=one_each)]
     report = jobs.status(out, ids)
     print("\n".join(report["lines"]))
-    return not report["missing"]
+    if len(report["missing"]) == report["inputs"]:
+        print("the inputs are named relative to the folder in which caption.py ran: is this it?")
+    return not report["missing"] and not report["unfinished"]
 
 
 def progress(job, items):

@@ -1,14 +1,16 @@
 """Which images are in work at once: slots that are filled again as soon as their captions end.
 
 Captions differ in length. A batch that waits for its longest decodes on for all the others, so an
-image whose captions have ended leaves its slot to the next one, and the rest of the batch goes on
+image whose captions have ended leaves its slot to the next one, and the rest of the batch continues
 (continuous batching, https://www.usenix.org/conference/osdi22/presentation/yu).
 """
 import contextlib
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 from plumbing.cache import rows_of
+from plumbing.errors import InputError
 from plumbing.weights import enough_memory
 
 REFILL = 4              # new images come in, together, once 1/REFILL of the slots is free
@@ -28,10 +30,12 @@ class Member:
     item: object
     captions: list
     finish: list
+    error: InputError | None = None     # takes the place of captions
 
 
 class Slots:
-    """Images in work, each in a slot of n rows. A subclass gives `begin`, which prefills images.
+    """Images in work, each in a slot of n rows. A subclass gives `begin`, which prefills images
+    and returns their cache, rows, and for each an InputError or None.
 
     There are at most `slots` slots, and at first as many as images are there. members: a slot's
     Member, or None where it is idle; an idle slot is decoded along with the others, and what comes
@@ -66,7 +70,9 @@ class Slots:
 
     def next_of(self, waiting):
         """The numbers of the waiting images (…, prompt) that come in next."""
-        length = len(waiting[0][-1]) if self.is_empty and waiting else self.length
+        length = self.length
+        if self.is_empty and waiting:           # the most common one; of equals, the first
+            length = Counter(len(image[-1]) for image in waiting).most_common(1)[0][0]
         alike = [k for k, image in enumerate(waiting) if len(image[-1]) == length]
         return alike[:self.free]
 
@@ -90,8 +96,12 @@ class Slots:
         members = [Member(item, [[] for _ in range(self.n)], [None] * self.n) for item in items]
         what = (f"{max(len(self.members), len(new))} images × {self.n} captions; try a smaller "
                 "--batch or --max-new-tokens, or fewer captions")
+        if self.is_empty:                       # the memory of the batch that has ended
+            self.cache, self.rows = None, {}
         with enough_memory(what), timed(self.clock, "prefill"):
-            cache, rows = self.begin(names, views, prompts)
+            cache, rows, errors = self.begin(names, views, prompts)
+            for member, error in zip(members, errors):
+                member.error = error
             if self.is_empty:
                 self.length = len(prompts[0])
                 self.cache, self.rows, self.members = cache, rows, members

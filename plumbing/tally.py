@@ -13,11 +13,16 @@ class Tally:
     """Counts of rows. Of several captions of an image, each counts."""
 
     def __init__(self):
-        self.images = self.captions = self.kept = self.proved = self.confirmed = 0
+        self.images = self.captions = self.kept = 0
+        self.proved = self.confirmed = self.with_proof = 0
         self.errors, self.finish, self.lengths = Counter(), Counter(), Counter()
 
     def add(self, row):
         self.images += 1
+        statements = row.get("statements", [])
+        self.proved += len(statements)
+        self.confirmed += sum(statement["kept"] for statement in statements)
+        self.with_proof += bool(statements)
         if "error" in row:
             self.errors[kind_of(row["error"])] += 1
         elif row["finish"] == "kept":
@@ -27,9 +32,6 @@ class Tally:
             self.captions += 1
             self.finish.update(finish if isinstance(finish, list) else [finish])
             self.lengths.update(tokens if isinstance(tokens, list) else [tokens])
-            statements = row.get("statements", [])
-            self.proved += len(statements)
-            self.confirmed += sum(statement["kept"] for statement in statements)
 
     def lines(self, seconds, clock):
         """Lines of a summary. clock: {what: seconds} of where the time went."""
@@ -45,7 +47,7 @@ class Tally:
             yield (f"length in tokens: {mean:.1f} on average, {min(self.lengths)} to "
                    f"{max(self.lengths)}; {self.finish['eos'] / n:.1%} ended by themselves")
         if self.proved:
-            yield (f"statements: {self.proved / self.captions:.1f} per image, "
+            yield (f"statements: {self.proved / self.with_proof:.1f} per image, "
                    f"{1 - self.confirmed / self.proved:.1%} of them refused")
         if total := sum(clock.values()):
             yield "time: " + ", ".join(f"{what} {spent / total:.0%}"

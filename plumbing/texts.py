@@ -3,7 +3,10 @@ import re
 
 COPIES = 3              # a statement this many times in a row is a loop
 LOOP_TOKENS = 24        # so is a run this long of a shorter pattern, such as one endless word
+END = r"[,;](?!\d)|\.(?=\s|$)"         # of a statement; 3.5 and 1,000 have none
 STATEMENT_ENDS = ",.;:!?\n，。；、"
+
+JOINERS = "\u200c\u200d"             # between letters, as in Persian, and between emoji
 
 
 def loops(ids, text_of):
@@ -31,7 +34,8 @@ def trimmed(result):
     if result["finish"] == "repeat":
         return without_loop(result["caption"])
     if result["finish"] == "length":
-        return re.sub(r"(^|[,.;])[^,.;]*$", "", result["caption"])
+        ends = [match.start() for match in re.finditer(END, result["caption"])]
+        return result["caption"][:ends[-1]] if ends else ""
     return result["caption"]
 
 
@@ -79,4 +83,5 @@ def pieces(text):
 
 def on_one_line(text):
     """No line breaks, and nothing unprintable."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+    shown = (c if c.isprintable() or c in JOINERS else "\ufffd" for c in " ".join(text.split()))
+    return "".join(shown)

@@ -139,5 +139,11 @@ def freeze(out, settings):
             raise InputError(f"{path}: is damaged; give another --out") from None
     for key in {**frozen, **settings}:
         if frozen.get(key) != settings.get(key):
-            raise InputError(f"{out}: was begun with another {key} ({frozen.get(key)!r}, now "
-                             f"{settings.get(key)!r}); give that, or another --out")
+            raise InputError(f"{out}: was begun with another {key} ({short(frozen.get(key))}, "
+                             f"now {short(settings.get(key))}); give that, or another --out")
+
+
+def short(value):
+    """A value as a message shows it: thousands of inputs would bury what differs."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]} …"

@@ -475,3 +475,16 @@ def test_the_clock_counts_where_the_time_went(ending):
     clock = generate.Counter()
     list(generate.stream(ending, named(4), 2, generate.Sampling(1, 6), clock))
     assert clock.keys() == {"wait", "prefill", "decode"} and min(clock.values()) > 0
+
+
+def test_a_picture_with_broken_logits_takes_no_other_along(ending):
+    some = named(5)
+    some[2] = (2, "2.png", torch.full_like(some[2][2], float("nan")))
+    how = generate.Sampling(1, 6, 1.0)
+    of = dict(generate.stream(ending, some, 2, how))
+    good = dict(generate.stream(ending, [some[k] for k in (0, 1, 3, 4)], 2, how))
+    assert "not finite" in str(of.pop(2)) and of == good
+    with pytest.raises(InputError, match="not finite"):  # nothing was ever better: it is the model
+        list(generate.stream(ending, [some[2]], 2, how))
+    with pytest.raises(InputError, match="not finite"):
+        generate.sample(ending, [views for *_, views in some], list("abcde"), 1, 6)

@@ -66,9 +66,9 @@ def test_appending_adds_lines_once(tmp_path, there):
     path = tmp_path / "a.txt"
     path.write_text(there, "utf-8", newline="")
     for _ in range(2):
-        outputs.write_text(path, "new", append=True)
+        outputs.replace_text(path, "new", append=True)
         assert path.read_bytes() == (b"old\n" if there else b"") + b"new\n"
-    outputs.write_text(path, ["x", "y"])
+    outputs.replace_text(path, ["x", "y"])
     assert path.read_bytes() == b"x\ny\n"
 
 
@@ -123,7 +123,7 @@ def test_text_beside_a_link_does_not_go_through_a_link_of_the_text(tmp_path):
     items = photos(tmp_path / "in", ["a.png"])
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "in/a.txt").symlink_to(tmp_path / "secret")
-    outputs.write_text(outputs.text_path(items[0]), "new")
+    outputs.replace_text(outputs.text_path(items[0]), "new")
     assert (tmp_path / "secret").read_text() == "secret"
     assert (tmp_path / "in/a.txt").read_text() == "new\n"
 
