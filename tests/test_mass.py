@@ -27,6 +27,7 @@ import adapters
 import caption
 from base import open_base
 from plumbing import inputs, jobs, shards
+from plumbing.workers import Division
 from toy_world import world
 
 TOY = CODE / "assets/toy"
@@ -867,3 +868,33 @@ def test_a_rank_that_dies_under_torchrun(photos, capsys):
     done = under_torchrun(photos, "--out", "out")
     assert done.returncode == 0, done.stderr
     assert Path("out/captions.jsonl").read_bytes() == Path("expected/captions.jsonl").read_bytes()
+
+
+def test_a_bad_image_does_not_end_the_other_ranks(photos, capsys):
+    """Under torchrun, a rank that ended with 1 would have the others killed, at every start."""
+    workers = [Division(0, 1, rank, 2) for rank in range(2)]
+    name = next(f"bad-{k}.png" for k in range(99) if workers[0].owns(f"photos/bad-{k}.png"))
+    Path("photos", name).write_bytes(b"no image")
+    assert under_torchrun("photos", "--out", "out").returncode == 0
+    rows = read_rows("out/captions.jsonl")
+    assert len(rows) == len(names_in(Path("photos")))
+    assert [row["image"] for row in rows if "error" in row] == [f"../photos/{name}"]
+
+
+def test_nothing_of_others_is_written_over(photos, capsys):
+    """A captions.jsonl that is the input, or that somebody else wrote."""
+    manifest = Path("photos/captions.jsonl")
+    manifest.write_text('{"image": "00000.png", "caption": "by hand"}\n')
+    before = manifest.read_text()
+    assert run(caption, manifest, "--out", "photos", "--base", TOY, "--adapters", "none") == 1
+    assert "another --out" in one_line(capsys) and manifest.read_text() == before
+    assert not Path("photos/settings.json").exists()
+
+
+def test_a_batch_may_repeat_ids_and_its_errors_are_short(photos):
+    files = [str(Path("photos", name)) for name in names_in(Path("photos"))[:2]]
+    captioner = caption.Captioner("--base", str(TOY), "--adapters", "none")
+    found = captioner({"id": ["x", "x", 1], "image": [*files, b"\0" * 5000]})
+    alone = [captioner({"id": [0], "image": [file]})["caption"][0] for file in files]
+    assert found["caption"] == [*alone, None] and alone[0] != alone[1]
+    assert found["error"][:2] == [None, None] and len(found["error"][2]) < 200
