@@ -6,9 +6,9 @@ A worker is a rank of a shard; an input belongs to one by a hash of its id. In t
     rows/NAME.lock      held while it runs, and kept, as a lock file must not be deleted
     rows/NAME.json      once its share is whole: what became of it
 An input is done when any of these files has a row for it, so the number of workers may change
-between starts. While one of them runs, workers of another number are refused. What text files and
-tar shards a worker left unmade is made by itself, or after a change by the worker who inherits its
-file of rows: its number modulo the workers there now are.
+between starts. While one of them runs, workers of another number are refused. A worker makes
+its own missing text files and tar shards when it starts again; after a change of the number, the
+worker that inherits its file of rows does, which is its number modulo the new number of workers.
 """
 import contextlib
 import json
