@@ -11,7 +11,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from plumbing import int8
 from plumbing.errors import InputError
+from plumbing.hub_int8 import Int8Config, mark
 
 REMOTE = re.compile("trust_remote_code|remote code|custom code")
 PACKAGE = re.compile(r"requires the (\w[\w.-]*) library|No module named '([\w.]+)'|"
@@ -103,23 +105,25 @@ def understood(name, kind):
                          "another base") from error
 
 
-def filled(name, config, dtype, device):
+def filled(name, config, dtype, device, quantize=None):
     """The model with its weights, every tensor accounted for, and their fingerprint."""
+    how = Int8Config(dtype) if quantize else None
     stored = torch.bfloat16 if dtype == torch.float16 else dtype    # one fingerprint for all dtypes
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             name, config=config, dtype=stored, attn_implementation="sdpa", trust_remote_code=False,
-            output_loading_info=True)
+            output_loading_info=True, **({"quantization_config": how} if how else {}))
     except Exception as error:
         raise InputError(f"{name}: its weights cannot be read ({one_line(error)})") from None
     for key, status in (("missing_keys", "lack"), ("mismatched_keys", "have another shape of")):
         if tensors := sorted(map(str, info[key])):
             raise InputError(f"{name}: the weights {status} {tensors[0]}; fetch them again")
     without_dropout(model)
-    mark = fingerprint(model)
+    known = fingerprint(model, how.marks if how else {})
     for parameter in model.parameters():            # buffers, such as tables of angles, stay
-        parameter.data = parameter.data.to(dtype)
-    return model.to(device).eval(), mark
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model.to(device).eval(), known
 
 
 def without_dropout(model):
@@ -132,12 +136,17 @@ def without_dropout(model):
                 setattr(module, name, 0.0)
 
 
-def fingerprint(model):
-    """A hash of the name, shape and first values of every tensor, the same in every dtype."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        first = tensor.flatten()[:256].to(torch.bfloat16).tolist()
-        digest.update(f"{name} {tuple(tensor.shape)} {first}\n".encode())
+def fingerprint(model, marks):
+    """A hash of the name, shape and first values of every tensor, the same in every dtype.
+
+    marks {name: mark}: those of quantised weights, taken before; tied ones may be there once.
+    """
+    digest, state, quantised = hashlib.sha256(), model.state_dict(), int8.layers(model)
+    of_weight = {quantised[name.removesuffix(".weight")].weight: m for name, m in marks.items()}
+    own = {f"{name}.weight": of_weight[layer.weight] for name, layer in quantised.items()}
+    scales = {f"{name}.scale" for name in quantised}
+    for name in sorted(state.keys() - scales):
+        digest.update(f"{name} {own.get(name) or mark(state[name])}\n".encode())
     return digest.hexdigest()
 
 
