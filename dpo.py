@@ -148,7 +148,7 @@ def reference_name(model, boxes, rows, start_hash):
     keys = ("id", "image", "chosen_ids", "rejected_ids", "mismatched_ids")
     contents = [[str(row.get(key)) for key in keys] for row in rows]
     files = [[row["image"].stat().st_size, row["image"].stat().st_mtime_ns] for row in rows]
-    depends = [model.fingerprint, start_hash, f"{model.dtype}{model.quantize or ''}",
+    depends = [model.fingerprint, start_hash, f"{model.dtype}{model.quantize}",
                model.seq_length, model.caption_text, boxes, contents, files]
     return f"reference-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]}"
 

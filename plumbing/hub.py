@@ -10,12 +10,16 @@ import re
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from plumbing import int8
 from plumbing.errors import InputError
-from plumbing.hub_int8 import Int8Config, mark
 
 REMOTE = re.compile("trust_remote_code|remote code|custom code")
+INT8 = "int8_per_channel"       # its name among transformers' ways to quantise
 PACKAGE = re.compile(r"requires the (\w[\w.-]*) library|No module named '([\w.]+)'|"
                      r"`?(?:pip3? install|install) ([\w.-]+)")
 
@@ -136,6 +140,11 @@ def without_dropout(model):
                 setattr(module, name, 0.0)
 
 
+def mark(tensor):
+    """What the fingerprint of a model knows of a tensor: its shape and first numbers."""
+    return f"{tuple(tensor.shape)} {tensor.flatten()[:256].to(torch.bfloat16).tolist()}"
+
+
 def fingerprint(model, marks):
     """A hash of the name, shape and first values of every tensor, the same in every dtype.
 
@@ -150,3 +159,64 @@ def fingerprint(model, marks):
     return digest.hexdigest()
 
 
+# ---------------------------------------------------------------- int8 weights
+# transformers' own loader makes them, as it reads one tensor after another
+@register_quantization_config(INT8)
+class Int8Config(QuantizationConfigMixin):
+    """dtype: of the scales. marks: {name of a weight: what `mark` says of its own numbers}, filled
+    while weights are read."""
+
+    def __init__(self, dtype, **_):
+        self.quant_method, self.dtype, self.marks = INT8, dtype, {}
+
+    def to_dict(self):
+        return {"quant_method": INT8}
+
+
+@register_quantizer(INT8)
+class Int8Quantizer(HfQuantizer):
+    """What transformers asks of a way to quantise."""
+    is_trainable = False
+
+    def is_serializable(self):
+        return False
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        int8.replace(model, [model.get_input_embeddings(), model.get_output_embeddings()])
+
+    def param_needs_quantization(self, model, param_name, **kwargs):
+        above, _, last = param_name.rpartition(".")
+        return last == "weight" and int8.is_int8(model.get_submodule(above))
+
+    def get_quantize_ops(self):
+        return Quantise(self.quantization_config)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        scales = {layer.weight: layer.scale for layer in int8.layers(model).values()
+                  if layer.scale.device.type != "meta"}
+        for layer in int8.layers(model).values():           # tied weights, not their scales, are
+            layer.scale = scales[layer.weight]              # tied by transformers
+        self.remove_quantization_config(model)
+
+
+class Quantise(ConversionOps):
+    """A weight as it was read, or several that were stored as one -> int8 numbers and scales."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def convert(self, input_dict, model=None, full_layer_name=None, missing_keys=None, **kwargs):
+        quantised, tensors = int8.layers(model), {}
+        for name, value in input_dict.items():
+            name = full_layer_name if len(input_dict) == 1 else name
+            tensor = value[0] if isinstance(value, list) else value
+            layer = quantised.get(name.removesuffix(".weight"))
+            if layer is None or not name.endswith(".weight"):
+                tensors[name] = tensor
+                continue
+            self.config.marks[name] = mark(tensor)
+            scale_of = f"{name.removesuffix('weight')}scale"
+            tensors[name], tensors[scale_of] = int8.quantised(name, tensor, self.config.dtype)
+            missing_keys -= {f"{other}.scale" for other, sharing in quantised.items()
+                             if sharing.weight is layer.weight}
+        return tensors

@@ -2,7 +2,7 @@
 
 Symmetric, with a scale for each output channel, so that no data is needed for calibration:
 
-    scale = max |row| / 127        weight = int8 · scale       (https://arxiv.org/abs/2004.09602, §3)
+    scale = max |row| / 127        weight = int8 · scale        (https://arxiv.org/abs/2004.09602)
 
 Linear layers of the blocks, the embedding table and the output layer are quantised; convolutions,
 norms, biases and all that adapters.py attaches keep their dtype. Activations are never quantised:
@@ -147,8 +147,11 @@ def replace(model, ends):
 
 def layers(model):
     """{name: layer} of the int8 layers of a model."""
-    kinds = tuple(KINDS.values())
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    return {name: module for name, module in model.named_modules() if is_int8(module)}
+
+
+def is_int8(module):
+    return isinstance(module, tuple(KINDS.values()))
 
 
 def dtype_of(layer):

@@ -36,7 +36,7 @@ class Adaptable(nn.Module):
         self.fingerprint = None          # of the checkpoint's tensors: adapters know their base
         self.attached = {}               # name of adapters -> how adapters.py attached them
         self.loaded = {}                 # name of adapters -> hash of the folder they came from
-        self.quantize = None             # "int8", or None: all weights in the model's dtype
+        self.quantize = ""               # "int8", or all weights are in the model's dtype
         self.soft_prompts = Slot()       # by the name of their adapters; at most one is active
 
     def question(self, text):
