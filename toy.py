@@ -65,8 +65,8 @@ def parse_args(argv):
     parser.add_argument("--processes", type=int, default=1,
                         help="processes per stage, under torchrun if more than 1")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes and of all stages")
-    commands = parser.add_subparsers(dest="command",
-                                     metavar="pool | dial | claims | pretrain | report | int8 | scenes")
+    names = "pool | dial | claims | pretrain | report | int8 | scenes"
+    commands = parser.add_subparsers(dest="command", metavar=names)
     add_commands(commands, defaults)
     args = parser.parse_args(argv)
     if args.command and argv[0] != args.command:
@@ -367,7 +367,8 @@ def scenes(args):
 def main(argv=None):
     args = parse_args(sys.argv[1:] if argv is None else argv)
     commands = {None: loop, "pool": pool, "claims": claims.main, "pretrain": pretrain,
-                "report": base.report, "scenes": scenes, "dial": dial.dial, "int8": quantised.quantised}
+                "report": base.report, "scenes": scenes, "dial": dial.dial,
+                "int8": quantised.quantised}
     try:
         commands[args.command](args)
     except InputError as error:
