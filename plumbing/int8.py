@@ -36,8 +36,9 @@ def quantised(name, weight, dtype, device=None):
     scale = torch.empty(len(weight), dtype=dtype, device=device)
     for rows in row_blocks(weight):
         part = weight[rows].to(device, torch.float32)
-        scale[rows] = (part.abs().amax(dim=1) / LARGEST).clamp(min=torch.finfo(dtype).tiny)
-        part /= scale[rows, None].float()
+        step = (part.abs().amax(dim=1) / LARGEST).to(dtype)
+        scale[rows] = step.masked_fill(step == 0, 1)                        # a row of zeros
+        part = part / scale[rows, None].float()     # a new tensor: it may be the weight itself
         values[rows] = part.round_().clamp_(-LARGEST, LARGEST).to(torch.int8)
     if not bool(scale.isfinite().all()):
         raise InputError(f"{name}: holds numbers that are not finite, or too large for "
