@@ -20,6 +20,7 @@ from plumbing.errors import InputError
 CHOICES = ("int8",)             # of --quantize
 LARGEST = 127                   # -128 is not used, so that the range is symmetric
 AT_ONCE = 1 << 26               # weights that are dequantised together: 128 MiB in bfloat16
+READ_AT_ONCE = 1 << 22          # weights that are quantised together: 16 MiB in float32
 FEW_ROWS = 4                    # up to here torch's packed product on CPUs is the faster one
 IN_A_BLOCK = re.compile(r"(^|\.)\d+\.")
 
@@ -34,7 +35,7 @@ def quantised(name, weight, dtype, device=None):
     device = weight.device if device is None else device
     values = torch.empty(weight.shape, dtype=torch.int8, device=device)
     scale = torch.empty(len(weight), dtype=dtype, device=device)
-    for rows in row_blocks(weight):
+    for rows in row_blocks(weight, READ_AT_ONCE):
         part = weight[rows].to(device, torch.float32)
         step = (part.abs().amax(dim=1) / LARGEST).to(dtype)
         scale[rows] = step.masked_fill(step == 0, 1)                        # a row of zeros
@@ -46,9 +47,9 @@ def quantised(name, weight, dtype, device=None):
     return values, scale
 
 
-def row_blocks(weight):
-    """Slices of the rows of a weight, AT_ONCE numbers or one row each."""
-    step = max(1, AT_ONCE // weight.shape[1])
+def row_blocks(weight, at_once):
+    """Slices of the rows of a weight, with so many numbers each, or one row."""
+    step = max(1, at_once // weight.shape[1])
     return [slice(at, at + step) for at in range(0, len(weight), step)]
 
 
@@ -57,7 +58,8 @@ def product(x, weight, scale):
     if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1]:
         y = torch.ops.aten._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), weight, scale)
         return y.view(*x.shape[:-1], len(weight))
-    parts = [part_of_product(x, weight[rows], scale[rows]) for rows in row_blocks(weight)]
+    blocks = row_blocks(weight, AT_ONCE)
+    parts = [part_of_product(x, weight[rows], scale[rows]) for rows in blocks]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
@@ -82,7 +84,8 @@ class Product(torch.autograd.Function):
     def backward(ctx, grad):
         weight, scale = ctx.saved_tensors
         grad = grad * scale                                                   # (..., N)
-        parts = [grad[..., rows] @ weight[rows].to(grad.dtype) for rows in row_blocks(weight)]
+        blocks = row_blocks(weight, AT_ONCE)
+        parts = [grad[..., rows] @ weight[rows].to(grad.dtype) for rows in blocks]
         return sum(parts[1:], parts[0]), None, None
 
 
