@@ -53,7 +53,7 @@ def read_config(name):
     for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
         if getattr(part, "quantization_config", None):
             raise InputError(f"{name}: is a quantised checkpoint; give the float one, which is "
-                             "frozen in --dtype bfloat16")
+                             "frozen in --dtype bfloat16 or with --quantize int8")
     return config
 
 

@@ -19,9 +19,9 @@ from plumbing.errors import InputError
 
 CHOICES = ("int8",)             # of --quantize
 LARGEST = 127                   # -128 is not used, so that the range is symmetric
-# Weights that are dequantised together: on a GPU all but the output layer, 128 MiB in bfloat16; on
-# a CPU as many as its cache holds.
-AT_ONCE = {"cuda": 1 << 26, "cpu": 1 << 20}
+# Weights that are dequantised together: on a GPU all of a layer but the output layer, 128 MiB in
+# bfloat16; on a CPU as many as its cache holds.
+AT_ONCE = {"cuda": 1 << 26, "meta": 1 << 26, "cpu": 1 << 20}
 READ_AT_ONCE = 1 << 20          # weights that are quantised together: 4 MiB in float32
 FEW_ROWS = 4                    # up to here torch's packed product on CPUs is the faster one
 IN_A_BLOCK = re.compile(r"(^|\.)\d+\.")
@@ -55,12 +55,17 @@ def row_blocks(weight, at_once):
     return [slice(at, at + step) for at in range(0, len(weight), step)]
 
 
+def at_once(device):
+    """AT_ONCE of a device. A compiled graph has a node for each block: there, few."""
+    return AT_ONCE["cuda" if torch.compiler.is_compiling() else device.type]
+
+
 def product(x, weight, scale):
     """x (..., K) times weight (N, K) int8 with scale (N,) -> (..., N)."""
     if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1]:
         y = torch.ops.aten._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), weight, scale)
         return y.view(*x.shape[:-1], len(weight))
-    blocks = row_blocks(weight, AT_ONCE[x.device.type])
+    blocks = row_blocks(weight, at_once(x.device))
     parts = [part_of_product(x, weight[rows], scale[rows]) for rows in blocks]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
@@ -86,7 +91,7 @@ class Product(torch.autograd.Function):
     def backward(ctx, grad):
         weight, scale = ctx.saved_tensors
         grad = grad * scale                                                   # (..., N)
-        blocks = row_blocks(weight, AT_ONCE[grad.device.type])
+        blocks = row_blocks(weight, at_once(grad.device))
         parts = [grad[..., rows] @ weight[rows].to(grad.dtype) for rows in blocks]
         return sum(parts[1:], parts[0]), None, None
 
@@ -174,6 +179,5 @@ def stored_bytes(model, dtype):
 
 def working_bytes(model, itemsize):
     """Bytes of the largest weight, or part of one, while it is dequantised."""
-    at_once = AT_ONCE[model.device.type]
-    numbers = [min(layer.weight.numel(), at_once) for layer in layers(model).values()]
+    numbers = [min(layer.weight.numel(), at_once(model.device)) for layer in layers(model).values()]
     return max(numbers, default=0) * itemsize

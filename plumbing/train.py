@@ -28,8 +28,7 @@ from plumbing.weights import usable_device
 MAX_SKIPPED = 5             # steps in a row without a finite loss and gradient before a run stops
 
 # Arguments that must not change on resume, in every stage.
-FIXED = ("batch", "lr", "warmup", "weight_decay", "grad_clip", "seed", "holdout",
-         "quantize")
+FIXED = ("batch", "lr", "warmup", "weight_decay", "grad_clip", "seed", "holdout", "quantize")
 
 
 def fixed(args, *names, **more):

@@ -255,15 +255,13 @@ def check_fits(model, name, dtype, device):
     ways = []
     if dtype.itemsize > 2:
         ways.append(f"--dtype bfloat16 ({int8.stored_bytes(model, torch.bfloat16) / 1e9:.1f} GB)")
-    quantised = "int8 and " if int8.layers(model) else ""
-    if not quantised:
+    if not int8.layers(model):
         ways.append("--quantize int8 (about half of that)")
     ways.append("--device cpu" if device.type == "cuda" else "a GPU (--device cuda)")
     ways.append("the toy (--base assets/toy)")
-    raise InputError(
-        f"{name}: needs {need / 1e9:.1f} GB as {quantised}{str(dtype).removeprefix('torch.')} on "
-        f"{device}, "
-        f"{free / 1e9:.1f} GB are free; try {' or '.join(ways)}")
+    kinds = ("int8 and " if int8.layers(model) else "") + str(dtype).removeprefix("torch.")
+    raise InputError(f"{name}: needs {need / 1e9:.1f} GB as {kinds} on {device}, "
+                     f"{free / 1e9:.1f} GB are free; try {' or '.join(ways)}")
 
 
 def training_bytes(model, trained, world, towers, logits):

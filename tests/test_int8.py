@@ -402,5 +402,5 @@ def test_toy_py_measures_what_it_changes(base, capsys):
     assert toy.main(["int8", "--base", str(stages.CODE / base), "--scenes", "8"]) == 0
     head, plain, whole, *_ = map(json.loads, capsys.readouterr().out.splitlines())
     assert head["tokens"] > 100 and plain["equal greedy tokens"] == 1 and plain["largest difference"] == 0
-    assert whole["MB beside bfloat16"] < 0.6 * plain["MB beside bfloat16"]
+    assert whole["MB, the rest in bfloat16"] < 0.6 * plain["MB, the rest in bfloat16"]
     assert whole["equal greedy tokens"] > 0.97 and abs(whole["f1 change"]) <= 0.02
