@@ -119,11 +119,12 @@ def filled(name, config, dtype, device, quantize=None):
             output_loading_info=True, **({"quantization_config": how} if how else {}))
     except Exception as error:
         raise InputError(f"{name}: its weights cannot be read ({one_line(error)})") from None
+    scales = {f"{name}.scale" for name in int8.layers(model)}       # made here: none is stored
     for key, status in (("missing_keys", "lack"), ("mismatched_keys", "have another shape of")):
-        if tensors := sorted(map(str, info[key])):
+        if tensors := sorted(map(str, set(info[key]) - scales)):
             raise InputError(f"{name}: the weights {status} {tensors[0]}; fetch them again")
     without_dropout(model)
-    known = fingerprint(model, how.marks if how else {})
+    known = fingerprint(model, how.made if how else {})
     for parameter in model.parameters():            # buffers, such as tables of angles, stay
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -148,10 +149,10 @@ def mark(tensor):
 def fingerprint(model, marks):
     """A hash of the name, shape and first values of every tensor, the same in every dtype.
 
-    marks {name: mark}: those of quantised weights, taken before; tied ones may be there once.
+    marks {layer: mark}: those of quantised weights, taken before; of tied ones, one is enough.
     """
     digest, state, quantised = hashlib.sha256(), model.state_dict(), int8.layers(model)
-    of_weight = {quantised[name.removesuffix(".weight")].weight: m for name, m in marks.items()}
+    of_weight = {quantised[name].weight: marks[name] for name in marks}
     own = {f"{name}.weight": of_weight[layer.weight] for name, layer in quantised.items()}
     scales = {f"{name}.scale" for name in quantised}
     for name in sorted(state.keys() - scales):
@@ -163,11 +164,11 @@ def fingerprint(model, marks):
 # transformers' own loader makes them, as it reads one tensor after another
 @register_quantization_config(INT8)
 class Int8Config(QuantizationConfigMixin):
-    """dtype: of the scales. marks: {name of a weight: what `mark` says of its own numbers}, filled
-    while weights are read."""
+    """dtype: of the scales. made: {name of a layer: what `mark` says of its weight as it was read},
+    filled while weights are read."""
 
     def __init__(self, dtype, **_):
-        self.quant_method, self.dtype, self.marks = INT8, dtype, {}
+        self.quant_method, self.dtype, self.made = INT8, dtype, {}
 
     def to_dict(self):
         return {"quant_method": INT8}
@@ -192,10 +193,10 @@ class Int8Quantizer(HfQuantizer):
         return Quantise(self.quantization_config)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        scales = {layer.weight: layer.scale for layer in int8.layers(model).values()
-                  if layer.scale.device.type != "meta"}
-        for layer in int8.layers(model).values():           # tied weights, not their scales, are
-            layer.scale = scales[layer.weight]              # tied by transformers
+        layers, made = int8.layers(model), self.quantization_config.made
+        scale_of = {layers[name].weight: layers[name].scale for name in made}
+        for layer in layers.values():       # transformers ties the weights, but not their scales
+            layer.scale = scale_of.get(layer.weight, layer.scale)
         self.remove_quantization_config(model)
 
 
@@ -205,18 +206,16 @@ class Quantise(ConversionOps):
     def __init__(self, config):
         self.config = config
 
-    def convert(self, input_dict, model=None, full_layer_name=None, missing_keys=None, **kwargs):
+    def convert(self, input_dict, model=None, full_layer_name=None, **kwargs):
         quantised, tensors = int8.layers(model), {}
         for name, value in input_dict.items():
             name = full_layer_name if len(input_dict) == 1 else name
             tensor = value[0] if isinstance(value, list) else value
-            layer = quantised.get(name.removesuffix(".weight"))
-            if layer is None or not name.endswith(".weight"):
+            layer, _, last = name.rpartition(".")
+            if last != "weight" or layer not in quantised:
                 tensors[name] = tensor
                 continue
-            self.config.marks[name] = mark(tensor)
-            scale_of = f"{name.removesuffix('weight')}scale"
-            tensors[name], tensors[scale_of] = int8.quantised(name, tensor, self.config.dtype)
-            missing_keys -= {f"{other}.scale" for other, sharing in quantised.items()
-                             if sharing.weight is layer.weight}
+            self.config.made[layer] = mark(tensor)
+            values, scale = int8.quantised(name, tensor, self.config.dtype)
+            tensors |= {name: values, f"{layer}.scale": scale}
         return tensors

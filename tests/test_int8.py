@@ -28,7 +28,8 @@ from plumbing import int8, weights
 from plumbing.errors import InputError
 from toy_world import world
 
-KINDS = ("qwen_vl", "qwen3_vl", "gemma3")  # gemma3: embeddings of its own kind, tied to the output layer
+# gemma3: embeddings of its own kind, tied to the output layer; lfm2_vl: tied only once they are loaded
+KINDS = ("qwen_vl", "qwen3_vl", "gemma3", "lfm2_vl")
 
 
 @pytest.fixture(scope="module")
