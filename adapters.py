@@ -260,7 +260,7 @@ def save(model, folder, name, **more):
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {n: model.get_parameter(n).detach().contiguous().cpu() for n in names_of(model, name)}
     card = {"base": model.base, "fingerprint": model.fingerprint, "name": name,
-            **model.attached[name], **more,
+            "quantize": model.quantize or None, **model.attached[name], **more,
             "versions": {"torch": torch.__version__, "python": platform.python_version()}}
     readme = model_card(folder, card, sum(tensor.numel() for tensor in tensors.values()))
     with files.whole(folder / "adapters.json") as json_file, \

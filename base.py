@@ -35,6 +35,7 @@ class Base(Protocol):
     dtype: torch.dtype
     cache_bytes: int                # of the keys and values of one token
     packs: bool                     # whether branches share a row; else each has one, at a price
+    quantize: str                   # "int8", or "": frozen weights in dtype
     caption_text: str               # what is asked for a caption; adapters remember it
     checkpointing: bool             # recompute the blocks of both towers in backward
     attached: dict                  # name of adapters -> how adapters.py attached them
@@ -93,19 +94,22 @@ class Base(Protocol):
         """Write the base itself in the layout in which it was read, in bfloat16."""
 
 
-def open_base(name, dtype=None, device="cpu", weights_too=True, caption_prompt=None):
+def open_base(name, dtype=None, device="cpu", weights_too=True, caption_prompt=None,
+              quantize=None):
     """A base by its Hub name or folder, in eval mode.
 
     dtype None is bfloat16 on a GPU, float32 on the CPU. Without the weights it is good for its
-    prompts and numbers alone. caption_prompt is asked in place of the base's own. InputError for
-    what is no vision-language model, cannot be adapted, or does not fit the memory; nothing large
-    is downloaded before that is known.
+    prompts and numbers alone. caption_prompt is asked in place of the base's own. quantize "int8"
+    keeps the frozen weights in a byte each, see plumbing/int8.py. InputError for what is no
+    vision-language model, cannot be adapted, or does not fit the memory; nothing large is
+    downloaded before that is known.
     """
     if is_qwen_vl(weights.resolve(name, weights=False)):
         kind = QwenVL
     else:
         kind = hf_model_class(name)
-    model = kind.from_pretrained(name, dtype, device, weights_too)
+    model = kind.from_pretrained(name, dtype, device, weights_too, quantize)
+    model.quantize = quantize or ""
     if caption_prompt is not None:
         if not caption_prompt.strip():
             raise InputError("--caption-prompt: is empty; leave it out for the base's own")

@@ -92,6 +92,7 @@ def add_model_flags(group):
         help="cpu, cuda or cuda:N (default: a GPU if there is one, under torchrun the rank's own)")
     add("--dtype", choices=tuple(arguments.DTYPES),
         help="of the weights (default: bfloat16 on a GPU, float32 on the CPU)")
+    arguments.add_quantize(group)
 
 
 def add_caption_flags(group):
@@ -152,7 +153,7 @@ def load_model(args):
     folder, card = adapters_of(args)
     base = args.base or card["base"]
     model = open_base(base, arguments.DTYPES.get(args.dtype), args.device,
-                      caption_prompt=args.caption_prompt)
+                      caption_prompt=args.caption_prompt, quantize=args.quantize)
     if folder and not args.adapters and card["fingerprint"] != model.fingerprint:
         folder = None               # the default folder, but of another base than the one asked for
     boxes = adapters.views_of(folder, args.views)
@@ -162,7 +163,7 @@ def load_model(args):
     if folder:
         adapters.load(model, folder)
     used = f"adapters {folder}" if folder else "no adapters, its own caption prompt"
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = f"{args.quantize or ''} {model.dtype}".replace("torch.", "").strip()
     print(f"base {base}, {used}, {dtype} on {args.device}", file=sys.stderr)
     return model, boxes
 
@@ -358,8 +359,8 @@ def keeping(args):
 
 
 # ---------------------------------------------------------------- to a folder
-DEPENDS_ON = ("inputs", "caption_prompt", "views", "verify", "n", "union", "temperature",
-               "top_p", "seed", "min_tokens", "max_new_tokens", "past_context",
+DEPENDS_ON = ("inputs", "quantize", "caption_prompt", "views", "verify", "n", "union",
+              "temperature", "top_p", "seed", "min_tokens", "max_new_tokens", "past_context",
               "max_words", "prefix", "suffix", "write", "existing", "keys")
 
 

@@ -148,8 +148,8 @@ def reference_name(model, boxes, rows, start_hash):
     keys = ("id", "image", "chosen_ids", "rejected_ids", "mismatched_ids")
     contents = [[str(row.get(key)) for key in keys] for row in rows]
     files = [[row["image"].stat().st_size, row["image"].stat().st_mtime_ns] for row in rows]
-    depends = [model.fingerprint, start_hash, str(model.dtype), model.seq_length,
-               model.caption_text, boxes, contents, files]
+    depends = [model.fingerprint, start_hash, f"{model.dtype}{model.quantize}",
+               model.seq_length, model.caption_text, boxes, contents, files]
     return f"reference-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]}"
 
 
@@ -356,12 +356,13 @@ def open_captioner(args, device):
     """
     dtype = arguments.DTYPES.get(args.dtype)
     if args.init:
-        model = open_base(args.base or adapters.read_card(args.init)["base"], dtype, device)
+        model = open_base(args.base or adapters.read_card(args.init)["base"], dtype, device,
+                          quantize=args.quantize)
         boxes = adapters.views_of(args.init, args.views)
         return model, boxes, adapters.load(model, args.init)["name"]
     base, views, prompt = data.made_by(args.data, args.base, args.views, args.caption_prompt)
     torch.manual_seed(args.seed)
-    model = open_base(base, dtype, device, caption_prompt=prompt)
+    model = open_base(base, dtype, device, caption_prompt=prompt, quantize=args.quantize)
     adapters.attach(model, "caption", reduction=args.reduction)
     return model, adapters.views_of(None, views), "caption"
 

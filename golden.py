@@ -280,7 +280,7 @@ def base_of(args):
 def open_with(args, device, *folders):
     """The base with the adapters of some folders, in that order."""
     model = open_base(base_of(args), arguments.DTYPES.get(args.dtype), device,
-                      caption_prompt=args.caption_prompt)
+                      caption_prompt=args.caption_prompt, quantize=args.quantize)
     for folder in folders:
         adapters.load(model, folder)
     return model
@@ -334,6 +334,8 @@ def settings_of(args, qa, caption_prompt):
         "verify": {"qa": qa.get("hash")},
         "compose": {"threshold": qa.get("threshold"), "min_votes": args.min_votes,
                     "resolve": args.resolve, "min_statements": args.min_statements}}
+    if args.quantize:                           # older folders have no such setting
+        added["sample"]["quantize"] = args.quantize
     if "calibrate" in qa:
         added["compose"]["calibrate"] = qa["calibrate"]
     settings, so_far = {}, {}

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import nn
 from transformers import DynamicCache
 
-from plumbing import branches, hub, weights
+from plumbing import branches, hub, int8, weights
 from plumbing.errors import InputError
 from plumbing.parts import LOGITS_AT_ONCE, Adaptable, Slot, log_probabilities
 from plumbing.prompts import Prompts, joined, view_side
@@ -99,7 +99,7 @@ class HFModel(Adaptable):
         self.never = sorted(i for i in never if i < vocab)
 
     @classmethod
-    def from_pretrained(cls, name, dtype=None, device="cpu", weights_too=True):
+    def from_pretrained(cls, name, dtype=None, device="cpu", weights_too=True, quantize=None):
         """A folder or Hub name -> the model in eval mode; without weights for its prompts alone.
 
         InputError where it cannot run here, or does not fit the memory.
@@ -110,6 +110,8 @@ class HFModel(Adaptable):
         config, processor = hub.read_config(name), hub.read_processor(name)
         empty = hub.on_meta(name, config)
         check_towers(name, empty)
+        if quantize:
+            int8.replace(empty, [empty.get_input_embeddings(), empty.get_output_embeddings()])
         with hub.understood(name, config.model_type):
             model = cls(empty, processor, name)
         if model.tokenizer.eos_id is None:
@@ -118,7 +120,7 @@ class HFModel(Adaptable):
         if not weights_too:
             return model
         weights.check_fits(empty, name, dtype, device)
-        hf, mark = hub.filled(name, config, dtype, device)
+        hf, mark = hub.filled(name, config, dtype, device, quantize)
         with hub.understood(name, config.model_type):
             model = cls(hf, processor, name)
             model.fingerprint = mark

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from chunking import normalise, square
-from plumbing import weights
+from plumbing import int8, weights
 from plumbing.cache import Cache, causal_attention
 from plumbing.parts import LOGITS_AT_ONCE, Adaptable, Slot, call, log_probabilities
 from plumbing.positions import batch_alpha, layout, resize_table, sincos_table
@@ -296,12 +296,9 @@ class QwenVL(Adaptable):
         self.start(base, tokenizer, CAPTION_PROMPT)
 
     @classmethod
-    def from_pretrained(cls, name_or_dir, dtype=None, device="cpu", weights_too=True):
-        """Hub name, or folder with config.json, weights and qwen.tiktoken -> a model in eval mode.
-
-        dtype and weights_too as in base.open_base. InputError for a file or tensor that is missing,
-        left over, misshaped, of another architecture, or too large.
-        """
+    def from_pretrained(cls, name_or_dir, dtype=None, device="cpu", weights_too=True,
+                        quantize=None):
+        """Hub name, or folder in the released layout -> a model in eval mode: base.open_base."""
         device = weights.usable_device(device)
         dtype = dtype or weights.usual_dtype(device)
         folder = weights.resolve(name_or_dir, weights=False)
@@ -311,6 +308,8 @@ class QwenVL(Adaptable):
             model = cls(config, tokenizer, str(name_or_dir))
         if not weights_too:
             return model.eval()
+        if quantize:
+            int8.replace(model, [model.transformer.wte, model.lm_head])
         weights.check_fits(model, name_or_dir, dtype, device)     # before the weights are fetched
         model.fingerprint = weights.fill(model, weights.resolve(name_or_dir), dtype, device)
         return model.eval()

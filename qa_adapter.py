@@ -95,7 +95,8 @@ def test(args, ranks):
     """Ask questions of a QA adapter that is done, and print what its gate makes of them."""
     card, boxes = adapters.read_card(args.out), adapters.views_of(args.init, args.views)
     rows, bad = data.read_questions(args.test)
-    model = open_base(args.base or card["base"], arguments.DTYPES.get(args.dtype), ranks.device)
+    model = open_base(args.base or card["base"], arguments.DTYPES.get(args.dtype), ranks.device,
+                      quantize=args.quantize)
     adapters.load(model, args.init)
     adapters.load(model, args.out)
     rows, _ = fit_context(model, len(boxes), rows, bad)
@@ -117,7 +118,7 @@ def learn(args, ranks):
     boxes = adapters.views_of(args.init, args.views)
     torch.manual_seed(args.seed)
     model = open_base(args.base or captioner["base"], arguments.DTYPES.get(args.dtype),
-                      ranks.device)
+                      ranks.device, quantize=args.quantize)
     adapters.load(model, args.init)
 
     # ---- data

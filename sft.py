@@ -52,6 +52,8 @@ def parse_args(argv):
     arguments.add_caption_prompt(p)
     args = p.parse_args(argv)
     arguments.check_caption_prompt(p, args, "--init")
+    if args.tune == "full" and args.quantize:
+        p.error("--tune full trains the weights that --quantize freezes; leave one of them out")
     return args
 
 
@@ -139,7 +141,7 @@ def learn(args, ranks):
     base = args.base or (adapters.read_card(args.init)["base"] if args.init else DEFAULT_BASE)
     torch.manual_seed(args.seed)
     model = open_base(base, arguments.DTYPES.get(args.dtype), ranks.device,
-                      caption_prompt=args.caption_prompt)
+                      caption_prompt=args.caption_prompt, quantize=args.quantize)
     name = choose_trained(args, model)
     model.train()
     model.checkpointing = True

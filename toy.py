@@ -12,6 +12,7 @@ WRITES  out/toy: data, a folder per stage, commands.jsonl, results.json, sheet.p
     python toy.py dial out/toy out/toy-1        # what caption.py --verify gives, by its threshold
     python toy.py claims --only rounds          # test what the source claims, with several seeds
     python toy.py pretrain                      # train the base in assets/toy
+    python toy.py int8 --base assets/toy        # what --quantize int8 changes, on unseen scenes
     python toy.py report --base assets/toy      # what that base sees and invents on unseen scenes
     python toy.py scenes --out out/scenes       # pictures of the world and their truth
 
@@ -31,7 +32,7 @@ from PIL import Image, ImageDraw, ImageFont
 from plumbing import files, scoring
 from plumbing.errors import InputError
 from plumbing.images import open_image
-from toy_world import base, claims, dial, world
+from toy_world import base, claims, dial, quantised, world
 from toy_world.steps import (
     BARE,
     BARE_DPO,
@@ -64,8 +65,8 @@ def parse_args(argv):
     parser.add_argument("--processes", type=int, default=1,
                         help="processes per stage, under torchrun if more than 1")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes and of all stages")
-    commands = parser.add_subparsers(dest="command",
-                                     metavar="pool | dial | claims | pretrain | report | scenes")
+    names = "pool | dial | claims | pretrain | report | int8 | scenes"
+    commands = parser.add_subparsers(dest="command", metavar=names)
     add_commands(commands, defaults)
     args = parser.parse_args(argv)
     if args.command and argv[0] != args.command:
@@ -107,6 +108,8 @@ def add_commands(commands, defaults):
     p.add_argument("--base", default="assets/toy", help="folder of the base")
     p.add_argument("--scenes", type=int, default=500, help="unseen scenes")
     p.add_argument("--seed", type=int, default=0, help="of the scenes")
+    p = commands.add_parser("int8", help="what int8 weights change", formatter_class=defaults)
+    quantised.add_flags(p)
     p = commands.add_parser("scenes", help="draw scenes, with truth, captions and questions",
                             formatter_class=defaults)
     p.add_argument("--out", type=Path, default=Path("out/scenes"), help="folder of the pictures")
@@ -364,7 +367,8 @@ def scenes(args):
 def main(argv=None):
     args = parse_args(sys.argv[1:] if argv is None else argv)
     commands = {None: loop, "pool": pool, "claims": claims.main, "pretrain": pretrain,
-                "report": base.report, "scenes": scenes, "dial": dial.dial}
+                "report": base.report, "scenes": scenes, "dial": dial.dial,
+                "int8": quantised.quantised}
     try:
         commands[args.command](args)
     except InputError as error:

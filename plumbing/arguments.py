@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from plumbing import int8
+
 # Processes that decode images ahead of a GPU; without one they would compete with the model.
 DECODERS = 2 if torch.cuda.is_available() else 0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -87,6 +89,13 @@ def add_device(p):
                    help="cpu, cuda or cuda:N")
     p.add_argument("--dtype", choices=tuple(DTYPES), help="of the base's weights; left out, "
                    "bfloat16 on a GPU and float32 on the CPU")
+    add_quantize(p)
+
+
+def add_quantize(p):
+    """Whether the frozen weights of the base are kept in a byte each."""
+    p.add_argument("--quantize", choices=int8.CHOICES, help="keep the base's frozen weights in "
+                   "int8: half the memory of bfloat16; left out, in --dtype")
 
 
 def add_caption_prompt(p):

@@ -10,10 +10,16 @@ import re
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from plumbing import int8
 from plumbing.errors import InputError
 
 REMOTE = re.compile("trust_remote_code|remote code|custom code")
+INT8 = "int8_per_channel"       # its name among transformers' ways to quantise
 PACKAGE = re.compile(r"requires the (\w[\w.-]*) library|No module named '([\w.]+)'|"
                      r"`?(?:pip3? install|install) ([\w.-]+)")
 
@@ -47,7 +53,7 @@ def read_config(name):
     for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
         if getattr(part, "quantization_config", None):
             raise InputError(f"{name}: is a quantised checkpoint; give the float one, which is "
-                             "frozen in --dtype bfloat16")
+                             "frozen in --dtype bfloat16 or with --quantize int8")
     return config
 
 
@@ -103,23 +109,26 @@ def understood(name, kind):
                          "another base") from error
 
 
-def filled(name, config, dtype, device):
+def filled(name, config, dtype, device, quantize=None):
     """The model with its weights, every tensor accounted for, and their fingerprint."""
+    how = Int8Config(dtype) if quantize else None
     stored = torch.bfloat16 if dtype == torch.float16 else dtype    # one fingerprint for all dtypes
     try:
         model, info = AutoModelForImageTextToText.from_pretrained(
             name, config=config, dtype=stored, attn_implementation="sdpa", trust_remote_code=False,
-            output_loading_info=True)
+            output_loading_info=True, **({"quantization_config": how} if how else {}))
     except Exception as error:
         raise InputError(f"{name}: its weights cannot be read ({one_line(error)})") from None
+    scales = {f"{name}.scale" for name in int8.layers(model)}       # made here: none is stored
     for key, status in (("missing_keys", "lack"), ("mismatched_keys", "have another shape of")):
-        if tensors := sorted(map(str, info[key])):
+        if tensors := sorted(map(str, set(info[key]) - scales)):
             raise InputError(f"{name}: the weights {status} {tensors[0]}; fetch them again")
     without_dropout(model)
-    mark = fingerprint(model)
+    known = fingerprint(model, how.made if how else {})
     for parameter in model.parameters():            # buffers, such as tables of angles, stay
-        parameter.data = parameter.data.to(dtype)
-    return model.to(device).eval(), mark
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    return model.to(device).eval(), known
 
 
 def without_dropout(model):
@@ -132,12 +141,81 @@ def without_dropout(model):
                 setattr(module, name, 0.0)
 
 
-def fingerprint(model):
-    """A hash of the name, shape and first values of every tensor, the same in every dtype."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        first = tensor.flatten()[:256].to(torch.bfloat16).tolist()
-        digest.update(f"{name} {tuple(tensor.shape)} {first}\n".encode())
+def mark(tensor):
+    """What the fingerprint of a model knows of a tensor: its shape and first numbers."""
+    return f"{tuple(tensor.shape)} {tensor.flatten()[:256].to(torch.bfloat16).tolist()}"
+
+
+def fingerprint(model, marks):
+    """A hash of the name, shape and first values of every tensor, the same in every dtype.
+
+    marks {layer: mark}: those of quantised weights, taken before; of tied ones, one is enough.
+    """
+    digest, state, quantised = hashlib.sha256(), model.state_dict(), int8.layers(model)
+    of_weight = {quantised[name].weight: marks[name] for name in marks}
+    own = {f"{name}.weight": of_weight[layer.weight] for name, layer in quantised.items()}
+    scales = {f"{name}.scale" for name in quantised}
+    for name in sorted(state.keys() - scales):
+        digest.update(f"{name} {own.get(name) or mark(state[name])}\n".encode())
     return digest.hexdigest()
 
 
+# ---------------------------------------------------------------- int8 weights
+# transformers' own loader makes them, as it reads one tensor after another
+@register_quantization_config(INT8)
+class Int8Config(QuantizationConfigMixin):
+    """dtype: of the scales. made: {name of a layer: what `mark` says of its weight as it was read},
+    filled while weights are read."""
+
+    def __init__(self, dtype, **_):
+        self.quant_method, self.dtype, self.made = INT8, dtype, {}
+
+    def to_dict(self):
+        return {"quant_method": INT8}
+
+
+@register_quantizer(INT8)
+class Int8Quantizer(HfQuantizer):
+    """What transformers asks of a way to quantise."""
+    is_trainable = False
+
+    def is_serializable(self):
+        return False
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        int8.replace(model, [model.get_input_embeddings(), model.get_output_embeddings()])
+
+    def param_needs_quantization(self, model, param_name, **kwargs):
+        above, _, last = param_name.rpartition(".")
+        return last == "weight" and int8.is_int8(model.get_submodule(above))
+
+    def get_quantize_ops(self):
+        return Quantise(self.quantization_config)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        layers, made = int8.layers(model), self.quantization_config.made
+        scale_of = {layers[name].weight: layers[name].scale for name in made}
+        for layer in layers.values():       # transformers ties the weights, but not their scales
+            layer.scale = scale_of.get(layer.weight, layer.scale)
+        self.remove_quantization_config(model)
+
+
+class Quantise(ConversionOps):
+    """A weight as it was read, or several that were stored as one -> int8 numbers and scales."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def convert(self, input_dict, model=None, full_layer_name=None, **kwargs):
+        quantised, tensors = int8.layers(model), {}
+        for name, value in input_dict.items():
+            name = full_layer_name if len(input_dict) == 1 else name
+            tensor = value[0] if isinstance(value, list) else value
+            layer, _, last = name.rpartition(".")
+            if last != "weight" or layer not in quantised:
+                tensors[name] = tensor
+                continue
+            self.config.made[layer] = mark(tensor)
+            values, scale = int8.quantised(name, tensor, self.config.dtype)
+            tensors |= {name: values, f"{layer}.scale": scale}
+        return tensors

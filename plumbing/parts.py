@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from plumbing import int8
+
 PADDING = -100          # in `logp_of`, as in torch's cross_entropy
 LOGITS_AT_ONCE = 64     # rows of 151,936 logits: 39 MB in fp32, twice that while softmax runs
 
@@ -34,6 +36,7 @@ class Adaptable(nn.Module):
         self.fingerprint = None          # of the checkpoint's tensors: adapters know their base
         self.attached = {}               # name of adapters -> how adapters.py attached them
         self.loaded = {}                 # name of adapters -> hash of the folder they came from
+        self.quantize = ""               # "int8", or all weights are in the model's dtype
         self.soft_prompts = Slot()       # by the name of their adapters; at most one is active
 
     def question(self, text):
@@ -54,7 +57,7 @@ class Adaptable(nn.Module):
 
     @property
     def dtype(self):
-        return self.output_layer.weight.dtype
+        return int8.dtype_of(self.output_layer)
 
 
 def call(block, *args, checkpointing):

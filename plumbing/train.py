@@ -28,7 +28,7 @@ from plumbing.weights import usable_device
 MAX_SKIPPED = 5             # steps in a row without a finite loss and gradient before a run stops
 
 # Arguments that must not change on resume, in every stage.
-FIXED = ("batch", "lr", "warmup", "weight_decay", "grad_clip", "seed", "holdout")
+FIXED = ("batch", "lr", "warmup", "weight_decay", "grad_clip", "seed", "holdout", "quantize")
 
 
 def fixed(args, *names, **more):
@@ -224,7 +224,8 @@ def load_checkpoint(out, fixed, trained, optimizer):
         return 0
     newest = max(whole)
     saved = json.loads((newest / "run.json").read_text())
-    if differs := [key for key in fixed if saved["run"].get(key) != fixed[key]]:
+    # a run older than a flag had none: its default
+    if differs := [key for key in fixed if saved["run"].get(key, "None") != fixed[key]]:
         key = differs[0]
         raise InputError(f"{out}: holds a run with another {key} ({saved['run'].get(key)!r}, now "
                          f"{fixed[key]!r}); delete it or give another --out")

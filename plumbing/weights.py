@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from plumbing import int8
 from plumbing.errors import InputError
 
 # Stored by some revisions, computed at run time by all: the only names that may be left over.
@@ -248,45 +249,52 @@ def release_memory(device):
 
 def check_fits(model, name, dtype, device):
     """InputError with both numbers where the weights are larger than the free memory."""
-    numbers = sum(t.numel() for t in (*model.parameters(), *model.buffers()))   # tied ones once
-    need, free = numbers * dtype.itemsize, free_bytes(device)
+    need, free = int8.stored_bytes(model, dtype), free_bytes(device)
     if free is None or need <= free:
         return
-    ways = [f"--dtype bfloat16 ({numbers * 2 / 1e9:.1f} GB)"] if dtype.itemsize > 2 else []
+    ways = []
+    if dtype.itemsize > 2:
+        ways.append(f"--dtype bfloat16 ({int8.stored_bytes(model, torch.bfloat16) / 1e9:.1f} GB)")
+    if not int8.layers(model):
+        ways.append("--quantize int8 (about half of that)")
     ways.append("--device cpu" if device.type == "cuda" else "a GPU (--device cuda)")
     ways.append("the toy (--base assets/toy)")
-    raise InputError(
-        f"{name}: needs {need / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')} on {device}, "
-        f"{free / 1e9:.1f} GB are free; try {' or '.join(ways)}")
+    kinds = ("int8 and " if int8.layers(model) else "") + str(dtype).removeprefix("torch.")
+    raise InputError(f"{name}: needs {need / 1e9:.1f} GB as {kinds} on {device}, "
+                     f"{free / 1e9:.1f} GB are free; try {' or '.join(ways)}")
 
 
 def training_bytes(model, trained, world, towers, logits):
     """Bytes that a card needs to train {name: parameter}, in fp32: a gradient each, and Adam's two
     moments sharded over `world` ranks.
 
-    Added are the weights, `logits` in fp32 with softmax and gradients, and of each tower (tokens,
-    width × layers, widest block) what checkpointing keeps: one activation per block, and the widest
-    block, in numbers per token, while it is recomputed.
+    Added are the weights, the int8 one that is dequantised, `logits` in fp32 with softmax and
+    gradients, and of each tower (tokens, width × layers, widest block) what checkpointing keeps:
+    one activation per block, and the widest block, in numbers per token, while it is recomputed.
     """
     size = model.dtype.itemsize
     stored = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     learning = sum(p.numel() for p in trained.values()) * (4 + 8 / world)
     kept = sum(tokens * width for tokens, width, _ in towers)
     recomputed = max(tokens * widest for tokens, _, widest in towers)
-    return int(stored + learning + (kept + recomputed) * size + 3 * logits * 4)
+    working = int8.working_bytes(model, size)
+    return int(stored + working + learning + (kept + recomputed) * size + 3 * logits * 4)
 
 
 # ---------------------------------------------------------------- reading
 def fill(model, folder, dtype, device):
     """Give a model built on the meta device its tensors from a folder, in `dtype` on `device`.
 
-    Host memory never holds more than what is filled so far and one tensor. Names and shapes of all
-    files are checked first, so that no error comes after minutes of reading: InputError names the
-    tensor that is missing, left over, misshaped or not of floating-point numbers.
+    Each weight of an int8 layer is quantised as it is read. Host memory never holds more than what
+    is filled so far and one tensor. Names and shapes of all files are checked first, so that no
+    error comes after minutes of reading: InputError names the tensor that is missing, left over,
+    misshaped or not of floating-point numbers.
     Returns the checkpoint's fingerprint, a hash of the name, shape and first values of every
     tensor, however the tensors are spread over files.
     """
-    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    quantised = int8.layers(model)
+    scales = {f"{name}.scale" for name in quantised}
+    wanted = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in scales}
     files = weight_files(folder)
     check_tensors(folder, files, wanted)
     state, marks = {}, {}
@@ -297,8 +305,12 @@ def fill(model, folder, dtype, device):
             stored = read()
             if not stored.is_floating_point():
                 raise InputError(f"{path}: {name} holds {stored.dtype}, not floating-point numbers")
-            # a copy: what is read may be a view of the file, which may change while a model runs
-            state[name] = torch.empty(shape, dtype=dtype, device=device).copy_(stored)
+            layer = name.removesuffix(".weight")
+            if layer in quantised and layer != name:
+                state[name], state[f"{layer}.scale"] = int8.quantised(name, stored, dtype, device)
+            else:
+                # a copy: it may be a view of the file, which may change while a model runs
+                state[name] = torch.empty(shape, dtype=dtype, device=device).copy_(stored)
             marks[name] = f"{shape} {stored.flatten()[:256].tolist()}"
     model.load_state_dict(state, assign=True)
     lines = (f"{name} {marks[name]}" for name in sorted(marks))
