@@ -111,7 +111,7 @@ def as_captioned(text, loose, rng):
     return text.removesuffix("ring") + "circle" if is_loose else text
 
 
-def continuations(model, scene, n_questions, loose, rng):
+def continuations(model, scene, n_questions, rng, loose=0.0):
     """What may follow an image: [(task, prompt, target)] in ids, two captions and questions."""
     texts = [as_captioned(fact["text"], loose, rng) for fact in world.facts(scene)]
     few = rng.sample(texts, min(len(texts), rng.choice((1, 2, 3))))
@@ -143,7 +143,7 @@ def pack(model, images, rows):
     return ids, branch, target, task
 
 
-def make_batch(model, kind, seed, step, size, n_questions, loose):
+def make_batch(model, kind, seed, step, size, n_questions, loose=0.0):
     """A batch of one kind of image: the arguments of the model's forward, and task (B, K).
 
     K is the largest number of targets in a row; row b has its targets first and then padding.
@@ -153,7 +153,7 @@ def make_batch(model, kind, seed, step, size, n_questions, loose):
         name = f"{seed} {step} {i}"
         scene, pictures = scene_views(kind, name)
         images = model.look(pictures)
-        rows = continuations(model, scene, n_questions, loose, random.Random("rows " + name))
+        rows = continuations(model, scene, n_questions, random.Random("rows " + name), loose)
         packed.append(pack(model, images, rows))
         looks.append(images)
     lengths = torch.tensor([len(ids) for ids, *_ in packed])
