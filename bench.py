@@ -208,6 +208,13 @@ class Uneven(generate.Batch):
                             device=self.model.device)
 
 
+class Waiting(Uneven):
+    """A batch that decodes finished captions along until the longest has ended."""
+
+    def take(self, slots):
+        """No slot is given up."""
+
+
 def captions(model, images, device):
     """320 images in slots, and in batches of as many images as there are slots."""
     model = open_base(TOY, device=device)
@@ -216,13 +223,13 @@ def captions(model, images, device):
     how = Sampling(1, 5 * SHORT + 1, temperature=0.0)
     batches = [named[start:start + SLOTS] for start in range(0, len(named), SLOTS)]
 
-    def run(parts):
-        with mock.patch.object(generate, "Batch", Uneven):
+    def run(kind, parts):
+        with mock.patch.object(generate, "Batch", kind):
             for part in parts:
                 for _ in stream(model, part, SLOTS, how):
                     pass
 
-    return functools.partial(run, [named]), functools.partial(run, batches)
+    return functools.partial(run, Uneven, [named]), functools.partial(run, Waiting, batches)
 
 
 def photographs(args):
