@@ -41,6 +41,7 @@ from toy_world.steps import (
     LATER,
     Loop,
     make_split,
+    rows_of_runs,
     toy_rows,
 )
 
@@ -260,12 +261,6 @@ def gains(runs, before, after):
         changes[way] = {metric: scoring.difference(captions, new_captions, truth, metric)
                         for metric in ("precision", "recall", "f1")}
     return changes
-
-
-def rows_of_runs(paths):
-    """The rows of files of several runs, images told apart by the run's number."""
-    return [{**row, "image": f"{k}/{row['image']}"}
-            for k, path in enumerate(paths) for row in toy_rows(path)]
 
 
 def all_gains(runs, start, rounds):

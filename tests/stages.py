@@ -1,5 +1,6 @@
 """Data for the training stages, and runs of them: in this process, or as ranks in processes of their own."""
 
+import errno
 import gc
 import importlib
 import json
@@ -60,6 +61,23 @@ def break_pixels(path):
 
 def read_rows(path):
     return [json.loads(line) for line in Path(path).read_text("utf-8").splitlines()]
+
+
+class Full:
+    """A file on a disk with room for only `room` more bytes."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = self.file.write(data[: self.room])  # as the system does, without an error
+        self.room -= taken
+        return taken
+
+    def close(self):
+        self.file.close()
 
 
 # ---------------------------------------------------------------- runs in this process

@@ -1,6 +1,5 @@
 """jobs.py and workers.py: kills, locks, divisions that change, disks that fill up."""
 
-import errno
 import json
 import multiprocessing
 import os
@@ -15,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from stages import read_rows
+from stages import Full, read_rows
 
 from plumbing import inputs, jobs, outputs, workers
 from plumbing.errors import InputError
@@ -394,21 +393,6 @@ def test_a_status_lists_what_is_missing_and_what_to_run(tmp_path):
 
 
 # ---------------------------------------------------------------- disks
-class Full:
-    """A file on a disk with room for only `room` more bytes."""
-
-    def __init__(self, file, room):
-        self.file, self.room = file, room
-
-    def write(self, data):
-        if not self.room:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return self.file.write(data[: self.room])
-
-    def close(self):
-        self.file.close()
-
-
 @pytest.mark.parametrize("room", [0, 10])
 def test_a_full_disk_is_one_line_and_no_row_follows_a_part_of_one(tmp_path, room):
     items, out = photos(tmp_path / "in", 5), tmp_path / "out"

@@ -1,14 +1,12 @@
 """shards.py: who owns an image, what counts as done, and files that a kill cannot damage."""
 
-import errno
 import json
-import os
 import random
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from stages import read_rows, write_rows
+from stages import Full, read_rows, write_rows
 
 from plumbing import shards
 from plumbing.errors import InputError
@@ -111,20 +109,6 @@ def test_a_line_is_there_as_soon_as_it_is_written_and_is_plain_ascii(tmp_path):
     row = {"image": "\udcff\n\u2028ä.png", "text": "</x>\x00"}
     appender.write(row)
     assert (tmp_path / "look-0.jsonl").read_bytes() == json.dumps(row).encode("ascii") + b"\n"
-
-
-class Full:
-    """A file on a disk with room for only `room` more bytes."""
-
-    def __init__(self, file, room):
-        self.file, self.room = file, room
-
-    def write(self, data):
-        if not self.room:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        taken = self.file.write(data[: self.room])  # as the system does, without an error
-        self.room -= taken
-        return taken
 
 
 @pytest.mark.parametrize("room", [0, 1, 30])

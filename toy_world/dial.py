@@ -5,12 +5,12 @@ is the one that the first golden captions came from, and so is the judge: after 
 base after `--no-data`.
 """
 import json
-from pathlib import Path
+from functools import partial
 
 from generate import judge
 from plumbing import files, scoring
 from plumbing.errors import InputError
-from toy_world.steps import BARE, Loop, toy_rows
+from toy_world.steps import BARE, Loop, rows_of_runs, toy_rows
 
 THRESHOLDS = [k / 50 for k in range(51)]
 SAMPLES = (1, 6)
@@ -20,9 +20,8 @@ METRICS = ("precision", "recall", "f1")
 def dial(args):
     """Caption the held-out scenes of each run with their proof; print and write what it gives."""
     runs = [verified(run) for run in args.runs]
-    truth = together(runs, lambda run: toy_rows(run["truth"]))
-    greedy, sampled = (together(runs, lambda run, way=way: toy_rows(run[way]))
-                       for way in ("greedy", "sampled"))
+    truth, greedy, sampled = (rows_of_runs([run[name] for run in runs])
+                              for name in ("truth", "greedy", "sampled"))
     figures = {"runs": list(map(str, args.runs)), "thresholds": THRESHOLDS,
                "chosen": [run["threshold"] for run in runs], "curves": {}, "gains": {},
                "single": {name: scores(rows, truth)
@@ -30,12 +29,13 @@ def dial(args):
     print_row("greedy", figures["single"]["greedy"])
     print_row("sampled", figures["single"]["sampled"])
     for n in SAMPLES:
-        rows = together(runs, lambda run, n=n: kept(run[n], run["threshold"]))
+        paths, chosen = [run[n] for run in runs], {run[n]: run["threshold"] for run in runs}
+        rows = rows_of_runs(paths, lambda path, chosen=chosen: kept(path, chosen[path]))
         name = "verified" if n == 1 else f"union of {n}, verified"
         figures[name] = scores(rows, truth)
         print_row(name, figures[name])
         figures["curves"][name] = [
-            scores(together(runs, lambda run, n=n, t=t: kept(run[n], t)), truth)
+            scores(rows_of_runs(paths, partial(kept, threshold=t)), truth)
             for t in THRESHOLDS]
         figures["gains"][name] = gains = {
             metric: scoring.difference(sampled, rows, truth, metric) for metric in METRICS}
@@ -77,12 +77,6 @@ def kept(path, threshold):
         text = ", ".join(statement["text"] for statement in judged if statement["kept"])
         rows.append({"image": row["image"], "caption": text, "finish": "eos"})
     return rows
-
-
-def together(runs, rows_of):
-    """The rows of all runs, images told apart by the run's number."""
-    return [{**row, "image": f"{k}/{Path(row['image']).name}"}
-            for k, run in enumerate(runs) for row in rows_of(run)]
 
 
 def scores(rows, truth):
