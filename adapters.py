@@ -181,6 +181,18 @@ def newest(out=Path("out")):
     return out / "sft" if (out / "sft/adapters.json").is_file() else None
 
 
+def threshold_of(folder, given=None):
+    """The lowest P(yes) of a statement that is kept: as given, or as a QA folder was calibrated.
+
+    InputError where there is neither, or no such folder.
+    """
+    calibrated = read_card(folder).get("threshold")
+    threshold = calibrated if given is None else given
+    if not isinstance(threshold, int | float):
+        raise InputError(f"{folder}: has no threshold; give one with --threshold")
+    return threshold
+
+
 def folder_hash(folder):
     """sha256 of a folder's trained tensors, by which a later stage knows its parent."""
     digest = hashlib.sha256()

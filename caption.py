@@ -61,7 +61,7 @@ def parse_args(argv):
     add_model_flags(p.add_argument_group("model"))
     add_caption_flags(p.add_argument_group("captions"))
     reports.add_flags(p.add_argument_group("output"))
-    args = p.parse_args(argv, argparse.Namespace(given=argv or sys.argv[1:]))
+    args = p.parse_args(argv)
     check(p, args)
     args.n_samples = args.union or args.n
     if args.temperature is None:
@@ -73,6 +73,7 @@ def parse_args(argv):
 
 
 def add_model_flags(group):
+    """The flags about what captions, what judges, and where they run."""
     add = group.add_argument
     add("--base", help=f"Hub name or folder (default: the adapters' base, else {DEFAULT_BASE})")
     add("--adapters", help="folder of a training stage, or none (default: the folder that "
@@ -96,6 +97,7 @@ def add_model_flags(group):
 
 
 def add_caption_flags(group):
+    """The flags about what captions are like."""
     add = group.add_argument
     add("--n", type=arguments.count, default=1, help="captions per image (default: 1)")
     add("--union", type=arguments.count, metavar="N", help="with --verify: one caption of the "
@@ -119,7 +121,8 @@ def add_caption_flags(group):
 def check(p, args):
     """argparse's one-line error where flags do not go together."""
     if args.status or args.merge:
-        if len(args.given) > 2:
+        given = [n for n, value in vars(args).items() if value not in (p.get_default(n), [])]
+        if len(given) > 1:
             p.error("--status and --merge take a folder and nothing else")
         return
     if not args.inputs or not all(args.inputs):
@@ -133,8 +136,7 @@ def check(p, args):
     if args.past_context and args.max_new_tokens is None:
         p.error("--past-context needs --max-new-tokens")
     if args.jsonl and (args.prefix or args.suffix or args.max_words):
-        p.error("--jsonl prints what the model wrote; for --prefix, --suffix and --max-words, use "
-                "--out")
+        p.error("--jsonl prints what the model wrote; --prefix, --suffix, --max-words need --out")
     reports.check(p, args)
 
 
@@ -174,9 +176,9 @@ def has_folder(judge):
 
 def threshold_of(args):
     """The lowest P(yes) of a statement that --verify keeps: the flag, the QA folder's, or .5."""
-    if args.threshold is not None or not args.verify:
-        return args.threshold
-    return adapters.read_card(args.verify)["threshold"] if has_folder(args.verify) else 0.5
+    if has_folder(args.verify):
+        return adapters.threshold_of(args.verify, args.threshold)
+    return 0.5 if args.verify and args.threshold is None else args.threshold
 
 
 def load_judge(args, model):
@@ -259,6 +261,7 @@ class Captioner:
                 yield item, self.row(item, *seen, results)
 
     def row(self, item, views, size, results):
+        """The row of an image, as in `rows`, made of its n results."""
         args, proof = self.args, {}
         if args.verify:
             statements = self.proved(views, list(map(trimmed, results)))
@@ -296,9 +299,8 @@ def show(args, item, result, several):
         line = json.dumps({"image": item.image, **result}, ensure_ascii=False)
         tqdm.write(line, file=sys.stdout)
     elif "error" not in result:
-        name = printable(item.image)
-        tqdm.write(f"{name}: {result['caption']}" if several else result["caption"],
-                   file=sys.stdout)
+        text = result["caption"]
+        tqdm.write(f"{printable(item.image)}: {text}" if several else text, file=sys.stdout)
     sys.stdout.flush()
 
 
@@ -390,7 +392,7 @@ def to_folder(args):
         if todo:                        # else no model need be loaded
             captioner = Captioner(args=args)
             clock, rows = captioner.clock, captioner.rows(todo, keeps=keeping(args))
-        with reports.progress(job, items) as bar:
+        with reports.progress(job, items, len(todo)) as bar:
             for item, row in rows:
                 with timed(clock, "writing"):
                     row = job.write(item, row)

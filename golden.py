@@ -306,10 +306,8 @@ def read_qa(args):
     if card.get("parent_hash") != adapters.folder_hash(args.captioner):
         raise InputError(f"{args.qa}: was trained below the captioner {card.get('parent')}, and "
                          f"{args.captioner} is another; train it again for this one")
-    threshold = card.get("threshold") if args.threshold is None else args.threshold
-    if not isinstance(threshold, int | float):
-        raise InputError(f"{args.qa}: has no threshold; give one with --threshold")
-    return {"hash": adapters.folder_hash(args.qa), "threshold": threshold}
+    return {"hash": adapters.folder_hash(args.qa),
+            "threshold": adapters.threshold_of(args.qa, args.threshold)}
 
 
 def threshold_of_bare(args, ranks, boxes):

@@ -64,7 +64,7 @@ def check(p, args):
 
 
 def settings_of(out):
-    """The settings with which a folder was begun. InputError where there are none."""
+    """The settings with which a folder was begun. InputError where it has no settings."""
     try:
         return json.loads((out / "settings.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -129,16 +129,16 @@ def show_status(out):
     return not report["missing"] and not report["unfinished"]
 
 
-def progress(job, items):
-    """The bar of a rank: on the first one, of all ranks of its shard."""
-    ranks = [replace(job.division, rank=rank) for rank in range(job.division.world)]
-    others = [job.rows / f"{rank.name}.jsonl" for rank in ranks if rank != job.division]
+def progress(job, items, todo):
+    """The bar of a rank that has `todo` images to do: on the first one, of all ranks of its shard.
+    """
     if job.division.rank:
         return Progress(0, (), hidden=True)
-    done = jobs.done_in(job.out)
-    missing = sum(item.id not in done and any(rank.owns(item.id) for rank in ranks)
-                  for item in items)
-    return Progress(missing + len(job.failed) * job.retry_errors, others, hidden=False)
+    ranks = [replace(job.division, rank=rank) for rank in range(1, job.division.world)]
+    ids = [item.id for item in items if any(rank.owns(item.id) for rank in ranks)]
+    done = jobs.done_in(job.out, set(ids).__contains__) if ids else {}
+    total = todo + sum(id not in done for id in ids)
+    return Progress(total, [job.rows / f"{rank.name}.jsonl" for rank in ranks], hidden=False)
 
 
 def all_whole(out, division):

@@ -92,6 +92,7 @@ class Slots:
         return [image for k, image in enumerate(waiting) if k not in numbers]
 
     def let_in(self, new):
+        """Prefill images, and give each a slot."""
         items, names, views, prompts = zip(*new)
         members = [Member(item, [[] for _ in range(self.n)], [None] * self.n) for item in items]
         what = (f"{max(len(self.members), len(new))} images × {self.n} captions; try a smaller "

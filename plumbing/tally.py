@@ -18,6 +18,7 @@ class Tally:
         self.errors, self.finish, self.lengths = Counter(), Counter(), Counter()
 
     def add(self, row):
+        """Count a row, as caption.py makes it."""
         self.images += 1
         statements = row.get("statements", [])
         self.proved += len(statements)

@@ -898,3 +898,24 @@ def test_a_batch_may_repeat_ids_and_its_errors_are_short(photos):
     alone = [captioner({"id": [0], "image": [file]})["caption"][0] for file in files]
     assert found["caption"] == [*alone, None] and alone[0] != alone[1]
     assert found["error"][:2] == [None, None] and len(found["error"][2]) < 200
+
+
+@pytest.mark.parametrize("more", [(), ("--threshold", "0.5")])
+def test_a_judge_that_is_not_there(more, photos, capsys):
+    assert tell(photos, "--out", "out", "--verify", "nowhere", *more) == 1
+    assert "nowhere" in one_line(capsys)
+
+
+def test_a_judge_without_a_threshold(photos, judge, tmp_path, capsys):
+    folder = shutil.copytree(judge, tmp_path / "judge")
+    card = json.loads((folder / "adapters.json").read_text())
+    del card["threshold"]
+    (folder / "adapters.json").write_text(json.dumps(card))
+    assert tell(photos, "--out", "out", "--verify", folder) == 1
+    assert "has no threshold" in one_line(capsys)
+
+
+@pytest.mark.parametrize("flags", [("--status=a", "--merge=b"), ("--merge", "a", "--jsonl")])
+def test_status_and_merge_take_nothing_else(flags, capsys):
+    assert run(caption, *flags) == 2
+    assert "nothing else" in capsys.readouterr().err
