@@ -9,6 +9,8 @@ ones, so that a model trained on such views learns to invent it.
 
 A fact is a short statement whose first word says what it is about: `background gray`,
 `top-left red circle`, `top-left stripes`, `center blue ring`. A caption is facts joined by commas.
+
+This is the easy world, with what it shares with the hard one, toy_world/hard.py.
 """
 import base64
 import json
@@ -42,6 +44,9 @@ PART_RATE = 0.3                         # share of questions that ask for one at
 QUESTIONS = 3                           # per image of a question set
 
 DENSE_PROMPT = "Generate the caption in English with grounding:"
+# every word of the facts, questions and answers of this world
+WORDS = (*BACKGROUNDS, *PLACES, *COLORS, *SHAPES, *MARKS, "center", "close-up", "background",
+         "plain", "empty")
 
 
 # ---------------------------------------------------------------- scenes and their facts
@@ -153,17 +158,29 @@ HALVING = halving()
 VISIBLE = np.linalg.pinv(HALVING) @ HALVING         # (SIDE, SIDE)
 
 
+STRIPES = np.where(np.arange(MARK_SIDE) % 2, -1.0, 1.0)
+CHECKS = STRIPES * STRIPES[:, None]
+
+
 def draw_mark(kind, x, y):
-    """A hatch of amplitude 1 around (x, y), less its part that a halved image shows: (SIDE, SIDE).
+    """A mark of amplitude 1 around (x, y), which a halved image does not show: (SIDE, SIDE)."""
+    left, top = mark_corner(x, y)
+    return draw_hatch(STRIPES if kind == "stripes" else CHECKS, left, top)
+
+
+def mark_corner(x, y):
+    """The pixel at the top left of a mark around (x, y): left, top. Both are even."""
+    return tuple(2 * round((c - MARK_SIDE / 2) / 2) for c in (x, y))
+
+
+def draw_hatch(pattern, left, top):
+    """A hatch (MARK_SIDE, MARK_SIDE) at a pixel, less its part that a halved image shows.
 
     A hatch of one-pixel stripes nearly vanishes when it is halved, but its edges leave a trace
     that a probe can find. Subtracting the projection leaves nothing but rounding to grey levels.
     """
-    left, top = (2 * round((c - MARK_SIDE / 2) / 2) for c in (x, y))        # on the even grid
-    stripes = np.where(np.arange(MARK_SIDE) % 2, -1.0, 1.0)
-    checks = stripes * stripes[:, None]
     hatch = np.zeros((SIDE, SIDE))
-    hatch[top:top + MARK_SIDE, left:left + MARK_SIDE] = stripes if kind == "stripes" else checks
+    hatch[top:top + MARK_SIDE, left:left + MARK_SIDE] = pattern
     return hatch - VISIBLE @ hatch @ VISIBLE.T
 
 
@@ -211,33 +228,48 @@ def draw(scene):
 
 # ---------------------------------------------------------------- data sets
 def draw_scenes(folder, seeds):
+    """Scenes as files and rows; see draw_all."""
+    return draw_all(folder, seeds, make_scene, draw, truth, questions)
+
+
+def draw_all(folder, seeds, make_scene, draw, truth, questions):
     """Scenes as PNG files (JPEG would destroy the marks) and their rows.
 
-    Returns {"truth": [...], "captions": [...], "questions": [...]}. There are QUESTIONS different
-    questions per image.
+    The functions are those of a world. Returns {"truth": [...], "captions": [...],
+    "questions": [...]}. There are QUESTIONS different questions per image.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = {"truth": [], "captions": [], "questions": []}
     for number, seed in enumerate(seeds):
         scene, name, rng = make_scene(seed), f"{number:05d}.png", random.Random(f"rows {seed}")
         draw(scene).save(folder / name)
-        rows["truth"].append(truth(scene, name))
-        rows["captions"].append({"image": name, "caption": short_caption(scene, rng)})
+        known = truth(scene, name)
+        rows["truth"].append(known)
+        rows["captions"].append({"image": name, "caption": short_caption(known["facts"], rng)})
         rows["questions"] += [{"image": name, "question": ask(text), "answer": answer}
-                              for text, answer, _ in distinct_questions(scene, QUESTIONS, rng)]
+                              for text, answer, _ in distinct(questions, scene, QUESTIONS, rng)]
     return rows
 
 
-def short_caption(scene, rng):
+def short_caption(facts, rng):
     """A caption as incomplete as those written by people, in random order.
 
     Each fact is kept with probability FACT_RATE, and at least two are.
     """
-    texts = [fact["text"] for fact in facts(scene)]
+    texts = [fact["text"] for fact in facts]
     kept = [text for text in texts if rng.random() < FACT_RATE]
     if len(kept) < 2:
         kept = rng.sample(texts, 2)
     return ", ".join(rng.sample(kept, len(kept)))
+
+
+def distinct(questions, scene, n, rng):
+    """n questions as `questions` draws them, no statement twice."""
+    drawn = {}
+    while len(drawn) < n:
+        (question,) = questions(scene, 1, rng)
+        drawn.setdefault(question[0], question)
+    return list(drawn.values())
 
 
 def write_rows(path, rows, folder):
@@ -275,15 +307,6 @@ def questions(scene, n, rng):
     """
     return [true_question(scene, rng) if rng.random() < 0.5 else false_question(scene, rng)
             for _ in range(n)]
-
-
-def distinct_questions(scene, n, rng):
-    """n questions as `questions` draws them, no statement twice."""
-    drawn = {}
-    while len(drawn) < n:
-        (question,) = questions(scene, 1, rng)
-        drawn.setdefault(question[0], question)
-    return list(drawn.values())
 
 
 def true_question(scene, rng):
@@ -330,11 +353,13 @@ def false_question(scene, rng):
 
 
 # ---------------------------------------------------------------- vocabulary
-def write_vocabulary(path):
-    """A qwen.tiktoken for this world: all bytes, then each word of its texts as one token."""
-    names = " ".join([*BACKGROUNDS, *PLACES, *COLORS, *SHAPES, *MARKS])
+def write_vocabulary(path, names=WORDS):
+    """A qwen.tiktoken for a world: all bytes, then each word of its texts as one token.
+
+    names: the words of its facts, questions and answers.
+    """
     texts = [CAPTION_PROMPT, DENSE_PROMPT, ask("it"), " Answer: Yes No yes no",
-             "Yes", "No", "yes", "no", f" {names} center close-up background plain empty"]
+             "Yes", "No", "yes", "no", f" {' '.join(names)}"]
     words = [word for text in texts for word in re.findall(r"[^A-Za-z]?[A-Za-z]+", text)]
     tokens = [bytes([byte]) for byte in range(256)]
     tokens += [word.encode() for word in dict.fromkeys(words)]
