@@ -12,6 +12,7 @@ WRITES  out/toy: data, a folder per stage, commands.jsonl, results.json, sheet.p
     python toy.py dial out/toy out/toy-1        # what caption.py --verify gives, by its threshold
     python toy.py claims --only rounds          # test what the source claims, with several seeds
     python toy.py pretrain                      # train the base in assets/toy
+    python toy.py pretrain --world hard --out out/hard      # one of a harder world, for --base
     python toy.py int8 --base assets/toy        # what --quantize int8 changes, on unseen scenes
     python toy.py report --base assets/toy      # what that base sees and invents on unseen scenes
     python toy.py scenes --out out/scenes       # pictures of the world and their truth
@@ -32,7 +33,7 @@ from PIL import Image, ImageDraw, ImageFont
 from plumbing import files, scoring
 from plumbing.errors import InputError
 from plumbing.images import open_image
-from toy_world import base, claims, dial, quantised, world
+from toy_world import base, claims, dial, quantised, world, worlds
 from toy_world.steps import (
     BARE,
     BARE_DPO,
@@ -52,6 +53,7 @@ def parse_args(argv):
     parser.add_argument("--out", type=Path, default=Path("out/toy"), help="folder of the run")
     parser.add_argument("--base", type=Path, default=Path(os.path.relpath(CODE / "assets/toy")),
                         help="folder of the toy base")
+    add_world(parser)
     parser.add_argument("--no-data", action="store_true", help="start from the bare base, which "
                         "asks itself, without captions and questions to learn from")
     parser.add_argument("--rounds", type=int, default=2,
@@ -79,6 +81,12 @@ def parse_args(argv):
     return args
 
 
+def add_world(parser, of_folder="that of the base's folder, or else easy"):
+    parser.add_argument("--world", choices=tuple(worlds.WORLDS),
+                        help="hard has more of everything, and a long tail; left out, "
+                             + of_folder)
+
+
 def add_commands(commands, defaults):
     """The flags of each command."""
     p = commands.add_parser("claims", help="test what the source claims", formatter_class=defaults)
@@ -93,6 +101,7 @@ def add_commands(commands, defaults):
     p.add_argument("--json", type=Path, help="file for the figures")
     p = commands.add_parser("pretrain", help="train the toy base", formatter_class=defaults)
     p.add_argument("--out", type=Path, default=Path("out/toy-base"), help="folder of the base")
+    add_world(p, "that of a folder to resume in, or else easy")
     p.add_argument("--like", choices=("qwen_vl", "qwen3_vl"), default="qwen_vl",
                    help="architecture: that of model.py, or transformers' Qwen3-VL")
     p.add_argument("--steps", type=int, default=6000, help="optimizer steps")
@@ -107,6 +116,7 @@ def add_commands(commands, defaults):
     p.add_argument("--seed", type=int, default=0, help="of the weights and the scenes")
     p = commands.add_parser("report", help="what a base sees and invents", formatter_class=defaults)
     p.add_argument("--base", default="assets/toy", help="folder of the base")
+    add_world(p)
     p.add_argument("--scenes", type=int, default=500, help="unseen scenes")
     p.add_argument("--seed", type=int, default=0, help="of the scenes")
     p = commands.add_parser("int8", help="what int8 weights change", formatter_class=defaults)
@@ -114,6 +124,7 @@ def add_commands(commands, defaults):
     p = commands.add_parser("scenes", help="draw scenes, with truth, captions and questions",
                             formatter_class=defaults)
     p.add_argument("--out", type=Path, default=Path("out/scenes"), help="folder of the pictures")
+    add_world(p, "easy")
     p.add_argument("--n", type=int, default=100, help="scenes")
     p.add_argument("--seed", type=int, default=0, help="of the scenes")
 
@@ -131,6 +142,7 @@ def check_same(out, args, *names):
     if "base" in arguments:
         arguments["base"] = os.path.realpath(args.base)
     kept = json.loads(path.read_text("utf-8")) if path.is_file() else arguments
+    kept = {"world": "easy"} | kept         # runs from before --world
     for name in names:
         if kept.get(name, arguments[name]) != arguments[name]:
             raise InputError(f"{out}: holds a run with another --{name.replace('_', '-')} "
@@ -143,7 +155,9 @@ def loop(args):
     """SFT and rounds of QA adapter, golden samples and preference training; with --no-data the
     rounds alone. Each captioner is evaluated."""
     out, seed = args.out, ("--seed", args.seed)
-    check_same(out, args, "base", "no_data", "captions", "images", "held_out", "samples",
+    args.world = worlds.name_of(args.base, args.world)
+    draw_scenes = worlds.WORLDS[args.world].draw_scenes
+    check_same(out, args, "base", "world", "no_data", "captions", "images", "held_out", "samples",
                "threshold", "seed")
     kept_from = ("--threshold", args.threshold) if args.threshold is not None else (
         BARE_GOLDEN if args.no_data else ())
@@ -151,18 +165,20 @@ def loop(args):
     with_captions = f"{args.captions} with captions, " if not args.no_data else ""
     run.progress(f"drawing scenes: {with_captions}{args.images} without for each of {args.rounds} "
                  f"rounds, {args.held_out} for evaluation")
-    held_out, truth = make_split(out, "held-out", args.held_out, args.seed, ())
+    held_out, truth = make_split(out, "held-out", args.held_out, args.seed, (), draw_scenes)
     asked = BARE if args.no_data else ()
     results = {"base": run.judge("base", held_out, truth, "--base", args.base,
                                  "--adapters", "none", *asked, seed=args.seed)}
     captioner, train = None, None
     if not args.no_data:
-        train, _ = make_split(out, "train", args.captions, args.seed, ("captions", "questions"))
+        train, _ = make_split(out, "train", args.captions, args.seed, ("captions", "questions"),
+                              draw_scenes)
         captioner = out / "sft"
         run.sft(args.base, train, captioner, *seed)
         results["sft"] = run.judge("sft", held_out, truth, "--adapters", captioner, seed=args.seed)
     for k in range(1, args.rounds + 1):
-        images, golden_truth = make_split(out, f"images-{k}", args.images, args.seed, ())
+        images, golden_truth = make_split(out, f"images-{k}", args.images, args.seed, (),
+                                          draw_scenes)
         golden, trained = (out / f"{name}-{k}" for name in ("golden", "dpo"))
         qa = None if args.no_data else out / f"qa-{k}"
         if qa:
@@ -210,6 +226,7 @@ def both_f1(figures):
 
 
 # ---------------------------------------------------------------- results, for the reader
+RARE_COLUMNS = {"rare_precision": "rare P", "rare_recall": "rare R"}     # of the hard world
 COLUMNS = {"precision": "P", "recall": "R", "f1": "F1", "detail_precision": "detail P",
            "detail_recall": "detail R", "planted": "planted", "eos": "ends", "repeat": "repeats",
            "statements": "statements"}
@@ -218,13 +235,16 @@ COLUMNS = {"precision": "P", "recall": "R", "f1": "F1", "detail_precision": "det
 def table(results):
     """Lines of the table: a row per captioner and way of decoding, three per golden file, and a
     line per gate."""
-    rows = [["", "", *COLUMNS.values()]]
+    has_rare = any("rare_recall" in figures for ways in results.values()
+                   for figures in ways.values())
+    columns = COLUMNS | RARE_COLUMNS if has_rare else COLUMNS
+    rows = [["", "", *columns.values()]]
     for name, ways in results.items():
         for way, figures in ways.items():
             if way == "gate":
                 continue
             label = "golden" if name.startswith("golden") and way == "sampled" else way
-            rows.append([name, label, *(cell(figures[key], key) for key in COLUMNS)])
+            rows.append([name, label, *(cell(figures.get(key), key) for key in columns)])
     widths = [max(map(len, column)) for column in zip(*rows)]
     for name, way, *cells in rows:
         padded = [cell.rjust(width) for cell, width in zip(cells, widths[2:])]
@@ -347,14 +367,22 @@ def caption_lines(label, stated, row):
 # ---------------------------------------------------------------- main
 def pretrain(args):
     """Train the toy base, or resume its training."""
-    check_same(args.out, args, "like", "steps", "batch", "questions", "loose", "lr", "adam_lr",
-               "seed")
+    args.world = worlds.name_of(args.out, args.world)
+    check_same(args.out, args, "world", "like", "steps", "batch", "questions", "loose", "lr",
+               "adam_lr", "seed")
     base.pretrain(args)
+
+
+def report(args):
+    """Print what a base sees and invents."""
+    args.world = worlds.name_of(Path(args.base), args.world)
+    base.report(args)
 
 
 def scenes(args):
     """Draw scenes, and write their truth, captions and questions to the same folder."""
-    rows_of = world.draw_scenes(args.out, [f"scenes {args.seed} {i}" for i in range(args.n)])
+    draw_scenes = worlds.WORLDS[args.world or "easy"].draw_scenes
+    rows_of = draw_scenes(args.out, [f"scenes {args.seed} {i}" for i in range(args.n)])
     for kind, rows in rows_of.items():
         world.write_rows(args.out / f"{kind}.jsonl", rows, args.out)
 
@@ -362,7 +390,7 @@ def scenes(args):
 def main(argv=None):
     args = parse_args(sys.argv[1:] if argv is None else argv)
     commands = {None: loop, "pool": pool, "claims": claims.main, "pretrain": pretrain,
-                "report": base.report, "scenes": scenes, "dial": dial.dial,
+                "report": report, "scenes": scenes, "dial": dial.dial,
                 "int8": quantised.quantised}
     try:
         commands[args.command](args)

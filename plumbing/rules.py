@@ -84,6 +84,15 @@ def rewrite_rule(caption):
 PLACES = ("background", "top-left", "top", "top-right", "left", "right", "bottom-left", "bottom",
           "bottom-right", "center", "centre", "foreground")
 
+# The last word of a statement about a second thing at a place: "top-left blue star behind".
+RELATIONS = {"behind", "beside", "front"}
+
+# Of these there is one: "largest top-left" and "largest top-right" contradict each other.
+SUPERLATIVES = {"largest", "smallest"}
+
+NUMBERS = {"none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+           "eleven", "twelve"}
+
 # A place after one of these belongs to the statement: "left hand on the right knee".
 LINKS = {"the", "a", "an", "its", "his", "her", "of", "on", "in", "at", "to", "from", "by", "near",
          "with", "and"}
@@ -112,7 +121,8 @@ def combine_rule(captions):
 
     A place has one object of each kind: statements about one place with equally many words
     contradict each other, so they share a group ("top-left red circle" and "top-left red ring", but
-    not "top-left stripes"). Half a statement ("top-left red") is dropped if a whole one is there.
+    not "top-left stripes"). So do different numbers of one thing ("circles two", "circles three").
+    Half a statement ("top-left red") is dropped if a whole one is there.
     """
     rows = {}
     for caption in captions:
@@ -127,22 +137,29 @@ def combine_rule(captions):
 
 def combined_row(text):
     """A row for a statement that no caption has voted for yet."""
-    words = text.split()
-    place = words[0].casefold()
-    group = f"{place} {len(words)}" if place in PLACES else None
-    return {"text": text, "about": words[0], "group": group, "votes": 0}
+    about = text.split()[0]
+    return {"text": text, "about": about, "group": group_of(text.casefold().split()), "votes": 0}
+
+
+def group_of(words):
+    """The group of a statement, in lower case, or None: statements in one contradict each other."""
+    if words[0] in PLACES:
+        return f"{words[0]} {len(words)}"
+    is_exclusive = words[-1] in NUMBERS or words[0] in SUPERLATIVES
+    return " ".join(words[:-1]) if is_exclusive and len(words) > 1 else None
 
 
 def is_half(words, all_words):
-    """Whether a statement about the same subject has all of these words and more."""
-    return any(words[0] == others[0] and set(words) < set(others) for others in all_words)
+    """Whether a statement about the same thing has all of these words and more."""
+    return any(words[0] == others[0] and set(words) < set(others)
+               and (words[-1] in RELATIONS) == (others[-1] in RELATIONS) for others in all_words)
 
 
 def reading_order(row):
-    """A sort key: by place, then by subject, longer statements first."""
-    about = row["about"].casefold()
+    """A sort key: by place, then by subject, a second thing last, longer statements first."""
+    about, words = row["about"].casefold(), row["text"].casefold().split()
     place = PLACES.index(about) if about in PLACES else len(PLACES)
-    return place, about, -len(row["text"].split()), row["text"].casefold()
+    return place, about, words[-1] in RELATIONS, -len(words), " ".join(words)
 
 
 # ---------------------------------------------------------------- decompose and correct

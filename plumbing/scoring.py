@@ -1,11 +1,11 @@
 """How captions are scored against known truth. evaluate.py reads the files and prints the figures.
 
-A row of truth: {"image", "facts": [{"text", "about", "kind", "detail"}],
+A row of truth: {"image", "facts": [{"text", "about", "kind", "detail", "rare"}],
 "planted": [{"text", "about", "group"}], "also_true": [text]}. A complete caption states all facts.
-`about` is a fact's subject, with which its text begins, `kind` is its category, and `detail` marks
-small ones. `planted` are false statements to which a known correlation in the training data tempts
-a model. `also_true` are true statements that need not be made. Only "image", "facts" and their
-"text" are required.
+`about` is a fact's subject, with which its text begins, `kind` is its category, `detail` marks
+small ones, and `rare` those of which training data hold few. `planted` are false statements to
+which a known correlation in the training data tempts a model. `also_true` are true statements that
+need not be made. Only "image", "facts" and their "text" are required.
 
 A caption's statements are its parts between commas, each counted once per caption. With sums over
 all captions of all images, S: statements, T: true ones, F: facts, R: facts that are stated, and
@@ -18,6 +18,10 @@ E: true statements that are no facts ("also_true"), as in DCScore of DeCapBench
     detail_precision  the true share of statements that claim a detail: those whose text is a detail
                       or planted on some image, or all facts of whose subject are details
     detail_recall     the stated share of facts that are details
+    rare_precision    where some facts are rare, the true share of statements that claim a rare one:
+                      those whose text is rare, or in which there is a word that on all images
+                      only rare facts have
+    rare_recall       and the stated share of facts that are rare
     planted           of the subjects with planted statements ("about", or else the text without its
                       last word) the share about which one of these was made
     eos               of the captions with a "finish" the share that ended with the end token
@@ -56,15 +60,28 @@ class Vocabulary:
     details: set = field(default_factory=set)       # texts that claim a detail
     abouts: dict = field(default_factory=dict)      # about -> whether all its facts are details
     forms: dict = field(default_factory=dict)       # (about, number of words) -> kind
+    rare: set = field(default_factory=set)          # texts of rare facts, and their words
+    common: set = field(default_factory=set)        # words of the other facts
 
-    def add_fact(self, text, about, kind, detail):
+    def add_fact(self, text, about, kind, detail, rare):
         self.kinds.setdefault(text, kind)
+        words = text.split(" ")
+        if rare:
+            self.rare.update([text, *words])
+        else:
+            self.common.update(words)
         if detail:
             self.details.add(text)
         if about:
             form = about, len(text.split(" "))
             self.abouts[about] = self.abouts.get(about, True) and detail
             self.forms[form] = kind if self.forms.get(form, kind) == kind else "other"
+
+    def is_rare(self, text):
+        """Whether a statement claims a rare fact."""
+        words = text.split(" ")
+        return text in self.rare or any(
+            word in self.rare and word not in self.common for word in words)
 
     def classify(self, text):
         """(kind, whether it claims a detail) of a statement that is not a fact of its image."""
@@ -80,6 +97,7 @@ class Known:
     """The truth about one image, all texts normal."""
     facts: dict             # text -> (kind, whether it is a detail)
     also: set               # other true texts
+    rare: set               # texts of rare facts
     things: dict            # about -> (group, set of planted texts)
     vocabulary: Vocabulary  # shared by all images
 
@@ -95,19 +113,21 @@ def read_truth(truth):
 
 def known_of(row, vocabulary):
     """A truth row -> Known; its texts are added to the vocabulary."""
-    facts, things = {}, {}
+    facts, rare, things = {}, set(), {}
     for fact in row["facts"]:
         text, about = normal(fact["text"]), normal(fact.get("about") or "")
         kind, detail = fact.get("kind") or "other", bool(fact.get("detail"))
         facts[text] = kind, detail
-        vocabulary.add_fact(text, about, kind, detail)
+        if fact.get("rare"):
+            rare.add(text)
+        vocabulary.add_fact(text, about, kind, detail, bool(fact.get("rare")))
     for planted in row.get("planted") or []:
         text = normal(planted["text"])
         about = normal(planted.get("about") or text.rsplit(" ", 1)[0])
         things.setdefault(about, (planted.get("group"), set()))[1].add(text)
         vocabulary.details.add(text)
     also = {normal(text) for text in row.get("also_true") or []}
-    return Known(facts, also, things, vocabulary)
+    return Known(facts, also, rare, things, vocabulary)
 
 
 # ---------------------------------------------------------------- counting
@@ -134,6 +154,8 @@ def count_caption(row, known):
         is_stated = text in unique
         n.update({"facts": 1, "stated": is_stated, ("facts", kind): 1, ("stated", kind): is_stated})
         n.update(details=detail, details_stated=detail and is_stated)
+    for text in known.rare:
+        n.update(rares=1, rares_stated=text in unique)
     for group, planted in known.things.values():
         invented = not unique.isdisjoint(planted)
         n.update({"things": 1, "invented": invented,
@@ -147,9 +169,12 @@ def count_statement(text, known):
     is_fact, is_true = text in known.facts, known.is_true(text)
     if is_fact:
         kind = known.facts[text][0]         # on another image the text may be of another kind
-    return {"statements": 1, "true": is_true, "extra": is_true and not is_fact,
-            ("statements", kind): 1, ("true", kind): is_true,
-            "detail_statements": claims_detail, "detail_true": claims_detail and is_true}
+    counts = {"statements": 1, "true": is_true, "extra": is_true and not is_fact,
+              ("statements", kind): 1, ("true", kind): is_true,
+              "detail_statements": claims_detail, "detail_true": claims_detail and is_true}
+    if known.vocabulary.is_rare(text):
+        counts |= {"rare_statements": 1, "rare_true": is_true}
+    return counts
 
 
 def tally(captions, images, count):
@@ -183,10 +208,12 @@ def metrics(n):
     both = precision + recall
     per_caption = ratio(n["with_repeats"], n["captions"])
     has_tokens = "with_tokens" in n
+    rare = {"rare_precision": ratio(n["rare_true"], n["rare_statements"]),
+            "rare_recall": ratio(n["rares_stated"], n["rares"])} if "rares" in n else {}
     return {"precision": precision, "recall": recall,
             "f1": np.where(both == 0, 0, ratio(2 * precision * recall, both)),
             "detail_precision": ratio(n["detail_true"], n["detail_statements"]),
-            "detail_recall": ratio(n["details_stated"], n["details"]),
+            "detail_recall": ratio(n["details_stated"], n["details"]), **rare,
             "planted": ratio(n["invented"], n["things"]), "eos": ratio(n["eos"], n["finished"]),
             "repeat": ratio(n["repeat"], n["captions"]), "statements": per_caption,
             "length": ratio(n["tokens"], n["with_tokens"]) if has_tokens else per_caption}

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 
 import torch
@@ -22,9 +23,10 @@ from model import CAPTION_PROMPT, Config, QwenVL, VisionConfig
 from plumbing.data import together
 from plumbing.parts import PADDING
 from plumbing.tokenizer import Tokenizer
-from toy_world import world
+from toy_world import world as easy
+from toy_world import worlds
 
-VIEW = world.SIDE // 2          # pixels of a view's side; close-ups keep their full resolution
+VIEW = easy.SIDE // 2          # pixels of a view's side; close-ups keep their full resolution
 REPORT_BATCH = 50               # images captioned at once
 
 
@@ -40,17 +42,18 @@ def toy_config(tokenizer):
         visual=vision)
 
 
-def fresh_model(like, folder, seed):
+def fresh_model(like, folder, seed, world=easy):
     """A toy base before training: small embeddings, everything else as PyTorch initialises it.
 
     like: "qwen_vl", our own, or "qwen3_vl", of transformers, which writes its folder beforehand.
+    world: whose words it knows.
     """
     if like == "qwen3_vl":
         from toy_world import qwen3_vl  # here, since transformers is slow to import
 
-        qwen3_vl.write(folder, seed)
+        qwen3_vl.write(folder, seed, world)
         return open_base(folder).train()
-    world.write_vocabulary(folder / "qwen.tiktoken")
+    easy.write_vocabulary(folder / "qwen.tiktoken", world.WORDS)
     tokenizer = Tokenizer(folder)
     torch.manual_seed(seed)
     model = QwenVL(toy_config(tokenizer), tokenizer, base=str(folder))
@@ -80,7 +83,7 @@ TASK_NAMES = list(TASKS)
 
 
 # ---------------------------------------------------------------- one image, many continuations
-def scene_views(kind, seed):
+def scene_views(kind, seed, world=easy):
     """One training image: its scene and its views, as PIL images.
 
     kind "low": a whole image at low resolution, marks planted. "close": a close-up, marks at even
@@ -99,7 +102,7 @@ def scene_views(kind, seed):
 
 def dense_prompt(model):
     """What a toy base is asked for a full caption: Qwen-VL's other prompt, or the base's own."""
-    return world.DENSE_PROMPT if model.caption_text == CAPTION_PROMPT else model.caption_text
+    return easy.DENSE_PROMPT if model.caption_text == CAPTION_PROMPT else model.caption_text
 
 
 def as_captioned(text, loose, rng):
@@ -111,14 +114,14 @@ def as_captioned(text, loose, rng):
     return text.removesuffix("ring") + "circle" if is_loose else text
 
 
-def continuations(model, scene, n_questions, rng, loose=0.0):
+def continuations(model, scene, n_questions, rng, loose=0.0, world=easy):
     """What may follow an image: [(task, prompt, target)] in ids, two captions and questions."""
     texts = [as_captioned(fact["text"], loose, rng) for fact in world.facts(scene)]
     few = rng.sample(texts, min(len(texts), rng.choice((1, 2, 3))))
     rows = [("dense", model.request(dense_prompt(model)), model.answer(", ".join(texts))),
             ("short", model.request(CAPTION_PROMPT), model.answer(", ".join(few)))]
     if n_questions:
-        rows += [("answer", model.question(world.ask(text)), model.answer(answer))
+        rows += [("answer", model.question(easy.ask(text)), model.answer(answer))
                  for text, answer, _ in world.questions(scene, n_questions, rng)]
     return rows
 
@@ -143,7 +146,7 @@ def pack(model, images, rows):
     return ids, branch, target, task
 
 
-def make_batch(model, kind, seed, step, size, n_questions, loose=0.0):
+def make_batch(model, kind, seed, step, size, n_questions, loose=0.0, world=easy):
     """A batch of one kind of image: the arguments of the model's forward, and task (B, K).
 
     K is the largest number of targets in a row; row b has its targets first and then padding.
@@ -151,9 +154,10 @@ def make_batch(model, kind, seed, step, size, n_questions, loose=0.0):
     packed, looks = [], []
     for i in range(size):
         name = f"{seed} {step} {i}"
-        scene, pictures = scene_views(kind, name)
+        scene, pictures = scene_views(kind, name, world)
         images = model.look(pictures)
-        rows = continuations(model, scene, n_questions, random.Random("rows " + name), loose)
+        rng = random.Random("rows " + name)
+        rows = continuations(model, scene, n_questions, rng, loose, world)
         packed.append(pack(model, images, rows))
         looks.append(images)
     lengths = torch.tensor([len(ids) for ids, *_ in packed])
@@ -197,7 +201,8 @@ def kind_of_step(step, steps, seed):
 def pretrain(args):
     """Train a base, or resume from its last checkpoint, and write it in the released layout."""
     args.out.mkdir(parents=True, exist_ok=True)
-    model = fresh_model(args.like, args.out, args.seed)
+    worlds.remember(args.out, args.world)
+    model = fresh_model(args.like, args.out, args.seed, worlds.WORLDS[args.world])
     opts = optimizers(model, args)
     state, log = args.out / "resume.pt", args.out / "log.jsonl"
     first = load_state(state, model, opts)
@@ -225,7 +230,8 @@ def train_step(model, opts, step, args):
             group["lr"] = lr * scale
     kind = kind_of_step(step, args.steps, args.seed)
     n_questions = args.questions if share >= 0.05 else 0    # not before it has begun to see
-    batch = make_batch(model, kind, args.seed, step, args.batch, n_questions, args.loose)
+    batch = make_batch(model, kind, args.seed, step, args.batch, n_questions, args.loose,
+                       worlds.WORLDS[args.world])
     loss, means = weighted_loss(model, *batch)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -264,7 +270,7 @@ def dense_captions(model, images):
     eos = model.tokenizer.eos_id
     new_ids = greedy(model, ids, together(images), max_new_tokens=100, eos_id=eos).tolist()
     texts = [model.tokenizer.decode(token for token in row if token != eos) for row in new_ids]
-    return [world.statements(text) for text in texts]
+    return [easy.statements(text) for text in texts]
 
 
 def all_dense_captions(model, images, label=None):
@@ -283,26 +289,38 @@ def shares(cases):
             for name, values in cases.items()}
 
 
-def caption_report(captions, truths):
+def caption_report(captions, truths, world=easy):
     """Precision and recall of statements, by kind of fact, and the share of the unmarked objects
     on which a mark is invented, by colour group.
 
-    captions: lists of statements. Every figure is [share, number of cases].
+    captions: lists of statements. Every figure is [share, number of cases]. Where a world has rare
+    words, statements and facts with one are counted apart from the others.
     """
     correct, covered, invented = {"all": []}, {"all": []}, {"warm": [], "cold": []}
     for caption, truth in zip(captions, truths):
         kinds = {fact["text"]: fact["kind"] for fact in truth["facts"]}
         stated = set(caption)
-        marks = [text for text in stated if text.endswith(world.MARKS)]
+        marks = [text for text in stated if text.split()[-1] in world.MARKS]
         correct["all"] += [text in kinds for text in stated]
         correct.setdefault("mark", []).extend(text in kinds for text in marks)
         covered["all"] += [text in stated for text in kinds]
         for text, kind in kinds.items():
             covered.setdefault(kind, []).append(text in stated)
+        if world.RARE_WORDS:
+            for text in stated:
+                correct.setdefault(frequency(text, world), []).append(text in kinds)
+            for text in kinds:
+                covered.setdefault(frequency(text, world), []).append(text in stated)
         for group, tempted in inventions(truth, stated):
             invented[group].append(tempted)
     return {"precision": shares(correct), "recall": shares(covered),
             "mark invented on": shares(invented)}
+
+
+def frequency(text, world):
+    """"rare" for a text with a rare word of a world, else "common"."""
+    is_common = world.RARE_WORDS.isdisjoint(re.findall(r"[\w-]+", text))
+    return "common" if is_common else "rare"
 
 
 def inventions(truth, stated):
@@ -314,7 +332,7 @@ def inventions(truth, stated):
     return [(group, any(marks)) for (_, group), marks in objects.items()]
 
 
-def close_up_report(model, scenes):
+def close_up_report(model, scenes, world=easy):
     """How often the caption of a close-up states the right mark, and no mark on an unmarked
     object."""
     looks, marks = [], []
@@ -331,63 +349,75 @@ def close_up_report(model, scenes):
     return shares({"mark told": correct})
 
 
-def question_report(model, scenes, images, seed):
-    """Accuracy of yes and no by kind of question, where P(yes) >= .5 is a yes."""
+def question_report(model, scenes, images, seed, world=easy):
+    """Accuracy of yes and no by kind of question, where P(yes) >= .5 is a yes; where a world has
+    rare words, also of questions in which or in whose answer there is one, and of the others."""
     correct = {}
     for number, (scene, views_of_it) in enumerate(zip(scenes, images)):
         questions = world.questions(scene, 16, random.Random(f"questions {seed} {number}"))
-        texts = [world.ask(text) for text, _, _ in questions]
+        texts = [easy.ask(text) for text, _, _ in questions]
         p_yes = yes_probability(model, views_of_it, texts).tolist()
-        for p, (_, answer, kind) in zip(p_yes, questions):
+        for p, (text, answer, kind) in zip(p_yes, questions):
             is_correct = (p >= 0.5) == answer.startswith("Yes")
+            if world.RARE_WORDS:
+                correct.setdefault(frequency(f"{text} {answer}", world), []).append(is_correct)
             correct.setdefault("all", []).append(is_correct)
             correct.setdefault(kind, []).append(is_correct)
     return shares(dict(sorted(correct.items())))
 
 
-def looks_at(model, scenes, label=None):
+def looks_at(model, scenes, label=None, world=easy):
     """What the model's `look` gives for the six views of each of the scenes."""
     scenes = tqdm(scenes, desc=label, disable=None if label else True)
     return [model.look(crops(world.draw(scene), VIEW)) for scene in scenes]
 
 
-def measure(model, n, seed):
+def measure(model, n, seed, world=easy):
     """What a base sees and invents on n unseen scenes -> {views: {figure: {case: [share, n]}}}."""
     scenes = [world.make_scene(f"report {seed} {i}") for i in range(n)]
-    truths = [world.truth(scene, "") for scene in scenes]
-    figures = {}
     low = [model.look([square(world.draw(scene), VIEW)]) for scene in scenes]
-    six = looks_at(model, scenes, label="drawing")
+    six = looks_at(model, scenes, "drawing", world)
+    figures = {}
     for name, images in (("one low-resolution view", low), ("six views", six)):
-        captions = all_dense_captions(model, images, label=f"captions, {name}")
-        figures[name] = caption_report(captions, truths)
-        figures[name]["yes/no"] = question_report(model, scenes, images, seed)
+        figures[name] = seen(model, scenes, images, seed, world, f"captions, {name}")
+    if world.RARE_WORDS:
+        scenes = [world.make_scene(f"report tail {seed} {i}", tail=world.TAIL) for i in range(n)]
+        figures["six views, more rare words"] = seen(
+            model, scenes, looks_at(model, scenes, "drawing", world), seed, world, "captions, rare")
     even = [world.make_scene(f"report even {seed} {i}", planted=False) for i in range(n // 2)]
-    figures["close-ups"] = {"marks at even odds": close_up_report(model, even)}
+    figures["close-ups"] = {"marks at even odds": close_up_report(model, even, world)}
     return figures
+
+
+def seen(model, scenes, images, seed, world=easy, label=None):
+    """What a model states about scenes in dense captions, and how it answers questions."""
+    captions = all_dense_captions(model, images, label)
+    truths = [world.truth(scene, "") for scene in scenes]
+    return {**caption_report(captions, truths, world),
+            "yes/no": question_report(model, scenes, images, seed, world)}
 
 
 def report(args):
     """Print the figures of `measure`, a JSON object a line."""
-    figures = measure(open_base(args.base), args.scenes, args.seed)
-    print(json.dumps({"base": str(args.base), "scenes": args.scenes, "seed": args.seed}))
+    model = open_base(args.base)
+    figures = measure(model, args.scenes, args.seed, worlds.WORLDS[args.world])
+    print(json.dumps({"base": str(args.base), "world": args.world, "scenes": args.scenes,
+                      "seed": args.seed}))
     for name, figures_of_views in figures.items():
         for figure, cases in figures_of_views.items():
             print(f"{name}, {figure}: {json.dumps(cases)}")
 
 
-def own_tasks(model, seed, n=200):
+def own_tasks(model, seed, n=200, world=easy):
     """How well a model still does the tasks of its base on n scenes.
 
     Returns {"dense f1", "questions", "close-up marks"}: F1 of dense captions, accuracy of yes and
     no, and the share of close-ups with the right mark.
     """
     scenes = [world.make_scene(f"own tasks {seed} {i}") for i in range(n)]
-    images = looks_at(model, scenes)
-    captions = all_dense_captions(model, images)
-    figures = caption_report(captions, [world.truth(scene, "") for scene in scenes])
+    figures = seen(model, scenes, looks_at(model, scenes, world=world), seed, world)
     (precision, _), (recall, _) = figures["precision"]["all"], figures["recall"]["all"]
     even = [world.make_scene(f"own tasks even {seed} {i}", planted=False) for i in range(n // 2)]
     return {"dense f1": 2 * precision * recall / max(precision + recall, 1e-9),
-            "questions": question_report(model, scenes, images, seed)["all"][0],
-            "close-up marks": close_up_report(model, even)["mark told"][0]}
+            "questions": figures["yes/no"]["all"][0],
+            "close-up marks": close_up_report(model, even, world)["mark told"][0]}

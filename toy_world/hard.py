@@ -25,6 +25,7 @@ from toy_world.world import CHECKS, OVERSAMPLING, PLACES, SIDE, STRIPES, WARM, m
 
 TAIL_STEP = 0.2                         # of the frequency, from a rare word to the next
 RARE = 0.015                            # a word is rare below this share of its kind
+TAIL = 0.3                              # `tail` of make_scene where rare facts are tested
 MOST_FACTS = 12
 MARK_RATE = easy.MARK_RATE              # share of the objects of a colour group with a mark
 COMPANION_RATE, CENTER_RATE, LARGEST_RATE = 0.45, 0.5, 0.3
@@ -49,6 +50,7 @@ RELATIONS = ("behind", "beside", "front")
 NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 WORDS = (*BACKGROUNDS, *PLACES, *COLORS, *SHAPES, *SHAPES.values(), *MARKS, *RELATIONS, *NUMBERS,
          "objects", "largest", "center", "close-up", "background", "plain", "empty", "alone")
+STARTS = (*easy.STARTS, *SHAPES.values(), "objects", "largest")
 
 
 # ---------------------------------------------------------------- frequencies

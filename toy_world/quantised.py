@@ -5,6 +5,7 @@ compared with those of the same base in int8. Both then caption freely, and answ
 """
 import json
 import random
+from pathlib import Path
 
 import torch
 
@@ -12,7 +13,8 @@ from base import open_base
 from generate import evaluating, greedy, yes_probability
 from plumbing import arguments, int8
 from plumbing.data import together
-from toy_world import world
+from toy_world import world as easy
+from toy_world import worlds
 from toy_world.base import (
     REPORT_BATCH,
     all_dense_captions,
@@ -36,18 +38,19 @@ def add_flags(p):
 def quantised(args):
     """Print what int8 changes, a JSON object a line: the base as it is, then with int8 weights."""
     dtype = arguments.DTYPES[args.dtype]
+    world = worlds.WORLDS[worlds.name_of(Path(args.base))]
     plain = open_base(args.base, dtype)
     scenes = [world.make_scene(f"int8 {args.seed} {i}") for i in range(args.scenes)]
-    images = looks_at(plain, scenes, label="drawing")
+    images = looks_at(plain, scenes, "drawing", world)
     written = written_by(plain, images)
     print(json.dumps({"base": str(args.base), "scenes": args.scenes, "seed": args.seed,
                       "dtype": args.dtype, "tokens": sum(len(row) for *_, (row, _) in written)}))
-    answers, before = figures(plain, plain, scenes, images, written, args.seed)
+    answers, before = figures(plain, plain, scenes, images, written, args.seed, world)
     print(json.dumps({"weights": args.dtype, **before}), flush=True)
     for name, kept in KEPT.items():
         model = open_base(args.base, dtype, quantize="int8")
         keep_ends(model, plain, kept)
-        _, after = figures(model, plain, scenes, images, written, args.seed, answers)
+        _, after = figures(model, plain, scenes, images, written, args.seed, world, answers)
         after["f1 change"] = round(after["f1"] - before["f1"], 4)
         print(json.dumps({"weights": name, **after}), flush=True)
 
@@ -81,10 +84,10 @@ def written_by(model, images):
     return batches
 
 
-def answered(model, scene, look, seed):
+def answered(model, scene, look, seed, world=easy):
     """Questions about a scene -> [(P(yes), whether yes is right)]."""
     questions = world.questions(scene, 16, random.Random(seed))
-    p_yes = yes_probability(model, look, [world.ask(text) for text, _, _ in questions]).tolist()
+    p_yes = yes_probability(model, look, [easy.ask(text) for text, _, _ in questions]).tolist()
     return [(p, answer.startswith("Yes")) for p, (_, answer, _) in zip(p_yes, questions)]
 
 
@@ -103,16 +106,16 @@ def distance(model, plain, written):
             "largest difference": round(largest, 4), "equal greedy tokens": round(equal / n, 5)}
 
 
-def figures(model, plain, scenes, images, written, seed, reference=()):
+def figures(model, plain, scenes, images, written, seed, world=easy, reference=()):
     """The answers of a model; and its size, its distance from the base, and its quality.
 
     reference: the answers of the base that is not quantised.
     """
     report = caption_report(all_dense_captions(model, images),
-                            [world.truth(scene, "") for scene in scenes])
+                            [world.truth(scene, "") for scene in scenes], world)
     (precision, _), (recall, _) = report["precision"]["all"], report["recall"]["all"]
     answers = [pair for number, (scene, look) in enumerate(zip(scenes, images))
-               for pair in answered(model, scene, look, f"questions {seed} {number}")]
+               for pair in answered(model, scene, look, f"questions {seed} {number}", world)]
     right = sum((p >= 0.5) == yes for p, yes in answers) / len(answers)
     moved = max((abs(p - q) for (p, _), (q, _) in zip(answers, reference)), default=0.0)
     megabytes = int8.stored_bytes(model, torch.bfloat16) / 1e6

@@ -15,7 +15,7 @@ from transformers import (
 
 from hf_model import CAPTION_PROMPT, HFModel
 from plumbing.tokenizer import byte_pair_encoder
-from toy_world import world
+from toy_world import world as easy
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|image_pad|>", "<|video_pad|>"]
@@ -32,14 +32,11 @@ TEMPLATE = """{%- for message in messages -%}
 PATCH, MERGE = 8, 2                     # four tokens for a view of 32 pixels
 
 
-def tokenizer():
+def tokenizer(world=easy):
     """All bytes, then each word of the world's texts as one token, then the special tokens."""
-    names = " ".join([*world.BACKGROUNDS, *world.PLACES, *world.COLORS, *world.SHAPES,
-                      *world.MARKS])
-    texts = [CAPTION_PROMPT, world.CAPTION_PROMPT, HFModel.question_form, world.ask("it"),
+    texts = [CAPTION_PROMPT, easy.CAPTION_PROMPT, HFModel.question_form, easy.ask("it"),
              "user assistant", "assistant", "Is", " Yes No yes no", "Yes", "No", "yes", "no",
-             "background close-up top bottom center",
-             f" {names} center close-up background plain empty"]
+             " ".join(world.STARTS), f" {' '.join(world.WORDS)}"]
     words = [word for text in texts for word in re.findall(r"[^A-Za-z]?[A-Za-z]+", text)]
     tokens = [bytes([byte]) for byte in range(256)]
     tokens += [word.encode() for word in dict.fromkeys(words) if len(word) > 1]
@@ -51,12 +48,12 @@ def tokenizer():
         additional_special_tokens=SPECIAL, clean_up_tokenization_spaces=False)
 
 
-def processor():
+def processor(world=easy):
     """The processor, which makes every image one square view."""
-    sizes = {"size": {"shortest_edge": (side := world.SIDE // 2) ** 2, "longest_edge": side ** 2},
+    sizes = {"size": {"shortest_edge": (side := easy.SIDE // 2) ** 2, "longest_edge": side ** 2},
              "patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2}
     return Qwen3VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**sizes), tokenizer=tokenizer(),
+        image_processor=Qwen2VLImageProcessor(**sizes), tokenizer=tokenizer(world),
         video_processor=Qwen3VLVideoProcessor(**sizes), chat_template=TEMPLATE)
 
 
@@ -73,7 +70,7 @@ def config(words):
                                 "mrope_section": [6, 5, 5], "mrope_interleaved": True}}
     vision = {"depth": 3, "hidden_size": 96, "num_heads": 3, "intermediate_size": 384,
               "patch_size": PATCH, "spatial_merge_size": MERGE, "out_hidden_size": 128,
-              "num_position_embeddings": (world.SIDE // 2 // PATCH) ** 2,
+              "num_position_embeddings": (easy.SIDE // 2 // PATCH) ** 2,
               "deepstack_visual_indexes": [1]}
     return Qwen3VLConfig(
         text_config=text, vision_config=vision, image_token_id=ids["image_pad"],
@@ -81,10 +78,10 @@ def config(words):
         vision_end_token_id=ids["vision_end"], tie_word_embeddings=False)
 
 
-def write(folder, seed):
+def write(folder, seed, world=easy):
     """A whole folder of an untrained model, as save_pretrained writes it."""
     torch.manual_seed(seed)
-    together = processor()
+    together = processor(world)
     model = Qwen3VLForConditionalGeneration(config(together.tokenizer))
     model.generation_config.eos_token_id = together.tokenizer.eos_token_id
     model.generation_config.pad_token_id = together.tokenizer.pad_token_id

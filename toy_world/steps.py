@@ -160,15 +160,16 @@ def run_command(command, stdout=None, stderr=None):
             raise
 
 
-def make_split(out, name, n, seed, wants):
+def make_split(out, name, n, seed, wants, draw_scenes=world.draw_scenes):
     """Draw n scenes -> the folder of their pictures and the file of their truth.
 
     wants: the kinds of rows a stage may read ("captions", "questions"), which are written next to
-    the pictures. The truth goes to another folder.
+    the pictures. The truth goes to another folder. draw_scenes: of a world, by default the easy
+    one.
     """
     folder, truth = out / "data" / name, out / "truth" / f"{name}.jsonl"
     if not truth.is_file():             # it is written last
-        rows = world.draw_scenes(folder, [f"{name} {seed} {i}" for i in range(n)])
+        rows = draw_scenes(folder, [f"{name} {seed} {i}" for i in range(n)])
         for kind in wants:
             world.write_rows(folder / f"{kind}.jsonl", rows[kind], folder)
         world.write_rows(truth, rows["truth"], folder)

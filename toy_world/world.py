@@ -47,6 +47,8 @@ DENSE_PROMPT = "Generate the caption in English with grounding:"
 # every word of the facts, questions and answers of this world
 WORDS = (*BACKGROUNDS, *PLACES, *COLORS, *SHAPES, *MARKS, "center", "close-up", "background",
          "plain", "empty")
+STARTS = ("background", "close-up", "top", "bottom", "center")  # with which captions begin
+RARE_WORDS = frozenset()                # those that are seen too seldom to be learned
 
 
 # ---------------------------------------------------------------- scenes and their facts
