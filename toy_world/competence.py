@@ -10,16 +10,18 @@ from typing import NamedTuple
 
 from plumbing import shards
 from toy_world import base, gate_rules, world
+from toy_world.experiments import pooled_share
 from toy_world.lab import HELD_OUT, LRS, SAMPLES, TUNE, Lab, both_f1, climb, slug
 from toy_world.steps import CODE, LATER, toy_rows
 
 SHIPPED = 6000                          # --steps of toy.py pretrain, of assets/toy
 RUNGS = ("1000 steps", "1250 steps", "1500 steps", "2000 steps", f"{SHIPPED} steps")
+TUNING_RUNGS = ("1500 steps", "2000 steps")     # on which the gate is chosen, with other seeds
 TUNED_ON = "1500 steps"                 # the rung on which learning rates are chosen, seed TUNE
 IMAGES = 1500                           # unlabelled scenes per round
 ASKED = 300                             # scenes with questions to a base and to a QA adapter
-NEAR_MISSES = ("wrong color", "wrong shape", "wrong place", "wrong mark")
 VOTES = 2                               # samples that make a statement, of SAMPLES, in a vote
+GATE = "calibrated, group share"        # of gate_rules.py: what golden.py does by default
 
 
 class Arm(NamedTuple):
@@ -29,7 +31,8 @@ class Arm(NamedTuple):
 
 
 CE = ("--loss", "none")
-ARMS = {"DPO + CE": Arm(True, (), LATER), "CE": Arm(True, CE, CE), "CE on votes": Arm(False, CE, CE)}
+ARMS = {"DPO + CE": Arm(True, (), LATER), "CE": Arm(True, CE, CE),
+        "CE on votes": Arm(False, CE, CE)}
 
 
 # ---------------------------------------------------------------- the ladder
@@ -54,9 +57,8 @@ def base_figures(rung):
 
 def answers(report):
     """The shares of a question_report: right answers to all questions, and to near misses."""
-    n = sum(report[kind][1] for kind in NEAR_MISSES)
-    right = sum(share * count for share, count in map(report.get, NEAR_MISSES))
-    return {"questions": report["all"][0], "near misses": right / n}
+    near_misses = [of_kind for kind, of_kind in report.items() if kind.startswith("wrong ")]
+    return {"questions": report["all"][0], "near misses": pooled_share(near_misses)}
 
 
 def qa_figures(rung, captioner):
@@ -67,8 +69,9 @@ def qa_figures(rung, captioner):
     model = rung.load(captioner, qa)
     report = base.question_report(model, scenes, base.looks_at(model, scenes), rung.seed)
     card = json.loads((qa / "adapters.json").read_text("utf-8"))
-    triplets = {f"triplets' {name}": share for name, share in card["held_out"]["calibrated"].items()}
-    return {**answers(report), **triplets, "threshold": card["threshold"]}
+    triplets = card["held_out"]["calibrated"].items()
+    return {**answers(report), **{f"triplets' {name}": share for name, share in triplets},
+            "threshold": card["threshold"]}
 
 
 # ---------------------------------------------------------------- rounds
@@ -161,7 +164,7 @@ def best_lr(out, arm):
     return climb(LRS, f1)
 
 
-# ---------------------------------------------------------------- the gate on the model's statements
+# ---------------------------------------------------------------- the gate on its own statements
 def pool_of(rung, golden, k):
     """The statements of a golden folder and the truth about them; they are kept next to the runs,
     so that rules can be compared without them."""
@@ -192,7 +195,7 @@ def threshold_of(rung, captioner):
     return card["threshold"]
 
 
-# ---------------------------------------------------------------- signs of a good round, without truth
+# ---------------------------------------------------------------- signs of a good round
 def signs(rung, arm):
     """What can be known of each captioner of an arm without truth: {"signs of SFT": …, …}.
 
@@ -217,7 +220,7 @@ def signs(rung, arm):
 
 
 def signs_of(greedy, sampled):
-    """The signs of a captioner from two golden folders, with one greedy caption and with samples."""
+    """The signs of a captioner from two golden folders, of greedy captions and of samples."""
     stated = [s for row in toy_rows(greedy / "record.jsonl") for s in row.get("statements", [])]
     union = [s for row in toy_rows(sampled / "record.jsonl") for s in row.get("statements", [])]
     return {"P(yes)": statistics.fmean(s["p_yes"] for s in stated),
@@ -237,4 +240,12 @@ def competence(lab, part):
         if how.gated:
             figures |= gates(rung, arm)
     figures |= signs(rung, "DPO + CE")
+    return {f"{name}, {part}": of for name, of in figures.items()}
+
+
+def tuning(lab, part):
+    """The arm DPO + CE alone: what rules of the gate and of stopping are chosen by."""
+    rung, arm = rung_of(lab, part), "DPO + CE"
+    figures = {"SFT": rung.judged(rung.sft_model().name),
+               **rounds(rung, arm), **gates(rung, arm), **signs(rung, arm)}
     return {f"{name}, {part}": of for name, of in figures.items()}
