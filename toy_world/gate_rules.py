@@ -15,6 +15,10 @@ from toy_world.experiments import corrected, share_of_true
 STRICT = .8                             # a fixed threshold
 HALF = .5                               # of a group's P(yes), the least that its winner must have
 KNOWN = ("p_yes", "votes", "group")     # what a rule may look at
+ENDS = {False: "", True: ", group share"}       # of the names of rules; see has_its_share
+GATED = ("calibrated", str(STRICT), "aim", "corrected", "odds + votes", "posterior")
+NAMES = ("union", "vote of 1", "vote of 2", "vote of 3",
+         *(rule + end for end in ENDS.values() for rule in GATED))
 
 
 # ---------------------------------------------------------------- pools
@@ -44,7 +48,8 @@ def statements_of(pool):
 
 
 def scores(pool, kept):
-    """Precision, recall and F1 of the kept statements; kept: for each image a list of booleans."""
+    """Precision, recall and F1 of the kept statements, 0 where none is kept; kept: for each image a
+    list of booleans."""
     n = Counter(facts=sum(image["facts"] for image in pool))
     for image, is_kept in zip(pool, kept):
         for statement, keep in zip(image["statements"], is_kept):
@@ -52,7 +57,8 @@ def scores(pool, kept):
                 stated = statement["fact"]
                 n.update(statements=1, true=statement["true"], stated=stated,
                          extra=statement["true"] and not stated)
-    return {name: float(scoring.metrics(n)[name]) for name in ("precision", "recall", "f1")}
+    figures = files.without_nan({name: float(value) for name, value in scoring.metrics(n).items()})
+    return {name: figures[name] or 0.0 for name in ("precision", "recall", "f1")}
 
 
 # ---------------------------------------------------------------- of a group at most one
@@ -161,12 +167,11 @@ def by_all_rules(pool, calibrated):
     odds = [log_odds(s["p_yes"]) for s in statements]
     combined = [o + v - 2 for o, v in zip(odds, votes)]
     likely = posteriors(pool)
-    for share in (False, True):
+    for share, end in ENDS.items():
         thresholds = {
             "calibrated": calibrated, str(STRICT): STRICT,
             "aim": threshold_that_reaches(pool, aim(pool), share),
             "corrected": corrected(calibrated, share_of_true(p_yes))}
-        end = ", group share" if share else ""
         for rule, least in thresholds.items():
             figures = scores(pool, kept_above(pool, p_yes, least, share))
             yield f"{rule}{end}", {**figures, "threshold": least}
@@ -181,8 +186,9 @@ def separation(pool, threshold):
     true = [s["true"] for s in statements]
     accepted = [s["p_yes"] >= threshold for s in statements]
     n_true, n_false = sum(true), len(true) - sum(true)
-    return {"share of true": n_true / len(true),
-            "true accepted": sum(a and t for a, t in zip(accepted, true)) / max(n_true, 1),
-            "false refused": sum(not a and not t for a, t in zip(accepted, true)) / max(n_false, 1),
-            "auroc": scoring.auroc([s["p_yes"] for s in statements], true),
-            "votes auroc": scoring.auroc([s["votes"] for s in statements], true)}
+    return files.without_nan({
+        "share of true": n_true / len(true),
+        "true accepted": sum(a and t for a, t in zip(accepted, true)) / max(n_true, 1),
+        "false refused": sum(not a and not t for a, t in zip(accepted, true)) / max(n_false, 1),
+        "auroc": scoring.auroc([s["p_yes"] for s in statements], true),
+        "votes auroc": scoring.auroc([s["votes"] for s in statements], true)})
