@@ -5,11 +5,10 @@ An experiment as in experiments.py, on a ladder of bases that differ in the leng
 alone, from one that errs often to the shipped one, which hardly ever does.
 """
 import json
-import statistics
 from typing import NamedTuple
 
 from plumbing import shards
-from toy_world import base, gate_rules, world
+from toy_world import base, gate_rules, stopping, world
 from toy_world.experiments import pooled_share
 from toy_world.lab import HELD_OUT, LRS, SAMPLES, TUNE, Lab, both_f1, climb, slug
 from toy_world.steps import CODE, LATER, toy_rows
@@ -197,12 +196,8 @@ def threshold_of(rung, captioner):
 
 # ---------------------------------------------------------------- signs of a good round
 def signs(rung, arm):
-    """What can be known of each captioner of an arm without truth: {"signs of SFT": …, …}.
-
-    P(yes): of its greedy captions by its own QA adapter, the mean over their statements. Of its
-    samples: "share kept" by that gate, and "agreement", the mean share of the samples in which a
-    statement is.
-    """
+    """What can be known without truth of each captioner of an arm: {"signs of SFT": …, …}; see
+    stopping.py."""
     captioner, figures = rung.sft_model(), {}
     for k in (1, 2, 3, 4):
         greedy, _ = rung.golden_of(captioner, f"greedy-of-{captioner.name}", "--temperature", 0,
@@ -214,18 +209,10 @@ def signs(rung, arm):
             sampled, _ = rung.golden_of(captioner, f"samples-of-{captioner.name}",
                                         images="held-out", n=HELD_OUT)
         name = "SFT" if k == 1 else f"round {k - 1}"
-        figures[f"signs of {name}, {arm}"] = signs_of(greedy, sampled)
+        figures[f"signs of {name}, {arm}"] = stopping.signs_of(
+            *(toy_rows(folder / "record.jsonl") for folder in (greedy, sampled)))
         captioner = rung.out / name_of("round", k, arm)
     return figures
-
-
-def signs_of(greedy, sampled):
-    """The signs of a captioner from two golden folders, of greedy captions and of samples."""
-    stated = [s for row in toy_rows(greedy / "record.jsonl") for s in row.get("statements", [])]
-    union = [s for row in toy_rows(sampled / "record.jsonl") for s in row.get("statements", [])]
-    return {"P(yes)": statistics.fmean(s["p_yes"] for s in stated),
-            "share kept": statistics.fmean(s["kept"] for s in union),
-            "agreement": statistics.fmean(s["votes"] for s in union) / SAMPLES}
 
 
 # ---------------------------------------------------------------- the experiment
