@@ -24,7 +24,9 @@ from plumbing import files
 from plumbing.errors import InputError
 from toy_world import base as toy_base
 from toy_world import claims as toy_claims
+from toy_world import competence as toy_competence
 from toy_world import experiments as toy_experiments
+from toy_world import gate_rules as toy_gate_rules
 from toy_world import lab as toy_lab
 from toy_world import steps as toy_steps
 from toy_world import world
@@ -97,6 +99,21 @@ def judged(greedy_f1, sampled_f1=None, eos=1.0, repeat=0.0, **more):
         "sampled repeat": repeat,
         **more,
     }
+
+
+def competence_figures(rung="1500 steps", **changes):
+    """Figures of one rung in which everything earns its place."""
+    f1s = {
+        "SFT": 0.6,
+        **{f"round {k}, DPO + CE": 0.9 + 0.02 * k for k in (1, 2, 3)},
+        "round 2, CE": 0.8,
+        "round 2, CE on votes": 0.7,
+        **changes,
+    }
+    figures = {f"{arm}, {rung}": judged(f1) for arm, f1 in f1s.items()}
+    for rule, f1 in (("vote of 2", 0.7), ("calibrated", 0.8), (toy_competence.GATE, 0.9)):
+        figures.setdefault(f"golden 1 by {rule}, DPO + CE, {rung}", {"f1": f1})
+    return figures
 
 
 # name: (figures that satisfy the rule, changes (arm, metric, value), each of which alone breaks it)
@@ -235,6 +252,25 @@ FITTING = {
             ("lora", "close-up marks", 0.895),
         ],
     ),
+    "tuning": (
+        {
+            f"golden 1 by {rule}, DPO + CE, {rung}": {"f1": f1}
+            for rung in toy_competence.TUNING_RUNGS
+            for rule, f1 in (("calibrated", 0.8), (toy_competence.GATE, 0.81))
+        },
+        [
+            (f"golden 1 by {toy_competence.GATE}, DPO + CE, {rung}", "f1", 0.8)
+            for rung in toy_competence.TUNING_RUNGS
+        ],
+    ),
+    "competence": (
+        competence_figures(),
+        [
+            ("round 2, CE on votes, 1500 steps", "greedy f1", 0.91),
+            ("round 2, CE, 1500 steps", "sampled f1", 1.09),
+            ("round 2, DPO + CE, 1500 steps", "greedy f1", 0.66),
+        ],
+    ),
     "soft prompt": (
         {"adapters alone": judged(0.7), "adapters and soft prompt": judged(0.715)},
         [("adapters alone", "greedy f1", 0.69), ("adapters alone", "greedy f1", 0.74)],
@@ -277,6 +313,32 @@ def test_a_lottery_is_what_collapses_with_some_seeds(f1s, expected):
 def test_a_repeatable_loss_collapses_with_no_seed_and_gives_the_same_f1(f1s, expected):
     seeds = [{"SFT": judged(0.7), "DPO + CE": judged(f1)} for f1 in f1s]
     assert verdict(seeds, CLAIMS["repeatable"].rule) == expected
+
+
+@pytest.mark.parametrize(
+    "f1s, expected",
+    [
+        ((0.61, 0.61, 0.61), "yes"),  # above .6 by .02, greedy and sampled together
+        ((0.604, 0.604, 0.604), "unclear"),
+        ((0.7, 0.7, 0.59), "unclear"),
+        ((0.59, 0.5, 0.5), "no"),
+        ((0.599, 0.599, 0.599), "unclear"),
+    ],
+)
+def test_an_arm_is_above_another_if_it_is_with_every_seed_and_by_a_margin(f1s, expected):
+    seeds = [{"one": judged(f1), "other": judged(0.6)} for f1 in f1s]
+    assert toy_claims.above(seeds, "one", "other") == expected
+
+
+def test_a_rung_is_answered_for_once_all_seeds_have_it():
+    whole = competence_figures() | competence_figures("2000 steps", **{"round 3, DPO + CE": 0.9})
+    answers = toy_claims.competence_answers([whole, whole])
+    assert list(answers) == ["1500 steps", "2000 steps"]
+    assert set(answers["1500 steps"].values()) == {"yes"}
+    assert [question for question, answer in answers["2000 steps"].items() if answer == "no"] == [
+        "round 3 adds to round 2"
+    ]
+    assert list(toy_claims.competence_answers([whole, competence_figures()])) == ["1500 steps"]
 
 
 # ---------------------------------------------------------------- results
@@ -448,6 +510,45 @@ def test_a_failure_loses_no_seed_that_is_done(args, measured, capsys):
     assert run_claims(args) == 0 and measured.begun[4:] == [("two", 0)]
 
 
+def test_each_part_of_a_claim_is_measured_and_stored_by_itself(args, monkeypatch, capsys):
+    begun = []
+
+    def measure(lab, part):
+        begun.append((part, lab.seed))
+        if begun == [("low", 0), ("low", 1)]:
+            raise InputError("sft.py exited with 1")
+        return {f"arm, {part}": {"x": lab.seed}}
+
+    monkeypatch.setattr(
+        toy_claims,
+        "CLAIMS",
+        {
+            "curve": Claim(
+                "it climbs",
+                measure,
+                lambda seeds: [True],
+                (0, 1),
+                ("low", "high"),
+                lambda seeds: {"low": {"so": f"{len(seeds)} seeds"}},
+            )
+        },
+    )
+    assert run_claims(args) == 1
+    assert begun == [("low", 0), ("low", 1), ("high", 0), ("high", 1)]
+    stored = json.loads(args.results.read_text())["curve"]
+    assert stored["verdict"] == "not all seeds are done"
+    assert {seed: list(of) for seed, of in stored["seeds"].items()} == {
+        "0": ["arm, low", "arm, high"],
+        "1": ["arm, high"],
+    }
+    for path in args.out.glob("seed-0/figures/*"):
+        path.unlink()  # the results file is enough
+    assert run_claims(args) == 0 and begun[4:] == [("low", 1)]
+    stored = json.loads(args.results.read_text())["curve"]
+    assert stored["verdict"] == "reproduces" and stored["answers"] == {"low": {"so": "2 seeds"}}
+    assert "- low: so: 2 seeds" in capsys.readouterr().out
+
+
 def test_results_that_are_not_json_are_one_line(args, measured, capsys):
     args.results.parent.mkdir()
     args.results.write_text("{")
@@ -530,7 +631,7 @@ def test_the_best_learning_rate_and_beta_are_chosen_on_the_tuning_seed(tmp_path,
         "1e-3",
     )
     assert seeds == {toy_lab.TUNE} and not seeds & {
-        seed for claim in CLAIMS.values() for seed in claim.seeds
+        seed for name, claim in CLAIMS.items() if name != "tuning" for seed in claim.seeds
     }
     assert trained["ce-only-lr1e-3"] == ("--loss", "none", "--lr", "1e-3")
     assert trained["ipo-beta2"] == ("--loss", "ipo", "--beta", "2", "--ce", 0, "--lr", "5e-4")
@@ -575,6 +676,9 @@ def test_the_arms_have_folders_of_their_own():
 
 
 # ---------------------------------------------------------------- the experiments, at a tiny size
+RUNG = "2000 steps"  # the one that is there
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     """Lab(out, seed) of a few scenes, a step of training a stage, and one learning rate and β -> out, and the commands."""
@@ -594,17 +698,26 @@ def bench(tmp_path_factory):
             (toy_lab, "SAMPLES", 3),
             (toy_lab, "LRS", ("1e-3",)),
             (toy_lab, "BETAS", {loss: betas[:1] for loss, betas in BETAS.items()}),
+            (toy_competence, "LRS", ("1e-3",)),
+            (toy_competence, "SAMPLES", 3),
             (toy_experiments, "ASKED", 40),
             (toy_experiments, "WEAK", ("--steps", "1", "--batch", "2")),
         ):
             patch.setattr(module, name, value)
+        for name in ("RUNGS", "TUNING_RUNGS"):
+            patch.setattr(toy_competence, name, (RUNG,))
+        patch.setattr(toy_competence, "TUNED_ON", RUNG)
+        patch.setattr(toy_competence, "ASKED", 6)
         patch.setattr(
             Lab, "split", lambda lab, name, n, *wants: split(lab, name, min(n, 6), *wants)
         )
         patch.setattr(toy_base, "own_tasks", functools.partial(own_tasks, n=4))
         patch.setattr(toy_base, "measure", lambda model, n, seed: measured(model, min(n, 6), seed))
         patch.setattr(plumbing.weights, "gc", SimpleNamespace(collect=int))
-        yield SimpleNamespace(out=tmp_path_factory.mktemp("claims"), here=here)
+        out = tmp_path_factory.mktemp("claims")
+        (out / "ladder").mkdir()
+        (out / "ladder/steps-2000").symlink_to(CODE / "assets/toy")
+        yield SimpleNamespace(out=out, here=here)
 
 
 def arguments_of(folder):
@@ -620,6 +733,18 @@ def three(*names):
 
 
 COMPLETE = set(METRICS)
+GATED = ("DPO + CE", "CE")
+OF_AN_ARM = {
+    *(f"golden {k} by {rule}" for k in (1, 2, 3) for rule in toy_gate_rules.NAMES),
+    *(f"{name} {k}" for name in ("round", "statements") for k in (1, 2, 3)),
+}
+SIGNS = {f"signs of {name}, DPO + CE" for name in ("SFT", "round 1", "round 2", "round 3")}
+
+
+def on_the_rung(*arms):
+    return {f"{arm}, {RUNG}" for arm in arms}
+
+
 EXPECTED = {  # name: (its arms, keys that all of them have)
     "planted": ({"one low-resolution view", "six views", "true rate"}, {"warm", "cold"}),
     "layouts": (set(LAYOUTS), JUDGED),
@@ -657,6 +782,21 @@ EXPECTED = {  # name: (its arms, keys that all of them have)
         {"base", "adapters", "adapters, off", "lora", "prompt", "full"},
         {"dense f1", "questions", "close-up marks"},
     ),
+    "tuning": (
+        on_the_rung("SFT", *SIGNS, *(f"{name}, DPO + CE" for name in OF_AN_ARM)),
+        set(),
+    ),
+    "competence": (
+        on_the_rung(
+            "base",
+            "QA adapter",
+            "SFT",
+            *SIGNS,
+            *(f"{name}, {arm}" for arm in GATED for name in OF_AN_ARM),
+            *(f"round {k}, CE on votes" for k in (1, 2, 3)),
+        ),
+        set(),
+    ),
     "soft prompt": ({"adapters and soft prompt", "adapters alone"}, JUDGED),
     "narrowing": (
         {"LLM only", "LLM and ViT"},
@@ -671,7 +811,8 @@ def measure(bench):
 
     def run(name):
         n = len(bench.here.commands)
-        figures = json.loads(json.dumps(CLAIMS[name].measure(Lab(bench.out, 0))))
+        part = [RUNG] if CLAIMS[name].parts != ("",) else []
+        figures = json.loads(json.dumps(CLAIMS[name].measure(Lab(bench.out, 0), *part)))
         arms, keys = EXPECTED[name]
         assert set(figures) == arms and all(keys <= set(arm) for arm in figures.values())
         assert all(

@@ -5,15 +5,18 @@ WRITES  out/claims: a folder per seed; results/claims.json: every number, a verd
 
     python toy.py claims                # every missing seed; hours on two cores, can be interrupted
     python toy.py claims --only gates   # one claim
+    python toy.py claims --only competence      # the curve over a ladder of bases
     python toy.py claims --table        # the results so far
 
 Each seed has scenes, captions and training of its own on the same base. Learning rates and β are
-tuned on another seed, TUNE. A verdict follows from the rule of the claim, which was written down
+tuned on another seed, TUNE. A claim with parts, such as the bases of a ladder, is measured and
+stored part by part. A verdict follows from the rule of the claim, which was written down
 before the runs (exceptions are noted at the rule): the claim reproduces if everything that its rule
 asks for holds, does not reproduce if nothing does, and is unclear otherwise. docs/claims.md
 discusses the results.
 """
 import functools
+import itertools
 import json
 import statistics
 import sys
@@ -23,7 +26,7 @@ from typing import NamedTuple
 
 from plumbing import files
 from plumbing.errors import InputError
-from toy_world import experiments
+from toy_world import competence, experiments
 from toy_world.lab import Lab, both_f1
 
 
@@ -196,12 +199,68 @@ def narrowing_reproduces(figures):
             and beats(without, with_vit, ("cosine distance",)))
 
 
+# ---------------------------------------------------------------- the competence curve
+def above(seeds, one, other, f1=both_f1):
+    """Whether one arm is above another: "yes" if its F1 is higher with every seed, and by more than
+    .01 on average; "no" if the same is true of the other arm; else "unclear".
+
+    The two arms of a seed share its scenes and its SFT model, so that they are compared seed by
+    seed. f1: by default greedy + sampled. (Written down before the runs.)
+    """
+    gains = [f1(figures[one]) - f1(figures[other]) for figures in seeds]
+    if min(gains) > 0 and statistics.fmean(gains) > .01:
+        return "yes"
+    return "no" if max(gains) < 0 and statistics.fmean(gains) < -.01 else "unclear"
+
+
+def competence_answers(seeds):
+    """{rung: {question: answer}} for the rungs that all seeds have.
+
+    Captioners are compared after round two, after which toy.py stops. (Written down before the
+    runs.)
+    """
+    answers = {}
+    for rung in competence.RUNGS:
+        if not all(f"SFT, {rung}" in figures for figures in seeds):
+            continue
+        pairs = {"round 1 beats SFT": ("round 1, DPO + CE", "SFT"),
+                 "the gate beats the vote": ("round 2, CE", "round 2, CE on votes"),
+                 "DPO adds to CE": ("round 2, DPO + CE", "round 2, CE"),
+                 "round 2 adds to round 1": ("round 2, DPO + CE", "round 1, DPO + CE"),
+                 "round 3 adds to round 2": ("round 3, DPO + CE", "round 2, DPO + CE")}
+        answers[rung] = {question: above(seeds, *(f"{arm}, {rung}" for arm in arms))
+                         for question, arms in pairs.items()}
+        for question, rule in (("the gate beats a vote of 2 in golden captions", "vote of 2"),
+                               ("it beats the calibrated threshold without the group's share",
+                                "calibrated")):
+            arms = (f"golden 1 by {name}, DPO + CE, {rung}" for name in (competence.GATE, rule))
+            answers[rung][question] = above(seeds, *arms, f1=lambda figures: figures["f1"])
+    return answers
+
+
+def competence_reproduces(seeds):
+    """On every rung the gate beats the vote, and DPO adds to CE. (Written down before the runs.)"""
+    return [answers[question] == "yes" for answers in competence_answers(seeds).values()
+            for question in ("the gate beats the vote", "DPO adds to CE")]
+
+
+@for_each_seed
+def tuning_reproduces(figures):
+    """The chosen gate gives golden captions of round one a higher F1 than the calibrated threshold
+    alone, on every rung."""
+    return all(beats(figures[f"golden 1 by {competence.GATE}, DPO + CE, {rung}"],
+                     figures[f"golden 1 by calibrated, DPO + CE, {rung}"], ("f1",))
+               for rung in competence.TUNING_RUNGS)
+
+
 # ---------------------------------------------------------------- the claims
 class Claim(NamedTuple):
     claim: str
-    measure: Callable                   # Lab -> {arm: {metric: number}}
+    measure: Callable                   # Lab, or Lab and part -> {arm: {metric: number}}
     rule: Callable                      # [figures of a seed] -> [whether a condition holds]
     seeds: tuple = (0, 1, 2)
+    parts: tuple = ("",)                # each arm of a part ends in the part
+    answers: Callable | None = None     # [figures of a seed] -> {part: {question: answer}}
 
 
 FOUR = (0, 1, 2, 3)
@@ -240,6 +299,12 @@ CLAIMS = {
                          experiments.soft_prompt, soft_prompt_reproduces),
     "narrowing": Claim("QA training in the ViT would narrow it",
                        experiments.narrowing, narrowing_reproduces),
+    "tuning": Claim("(ours, the seeds on which the gate was chosen) a stricter gate is better",
+                    competence.tuning, tuning_reproduces, (100, 101, 102),
+                    competence.TUNING_RUNGS),
+    "competence": Claim("(ours) gate and DPO earn their place, however well the base answers",
+                        competence.competence, competence_reproduces, parts=competence.RUNGS,
+                        answers=competence_answers),
 }
 
 
@@ -260,16 +325,24 @@ def collect(args):
     stored = read_results(args.results)
     for name, claim in CLAIMS.items():
         seeds = dict(stored.get(name, {}).get("seeds", {}))
-        for seed in claim.seeds:
-            path = figures_path(args.out, seed, name)
+        for seed, part in itertools.product(claim.seeds, claim.parts):
+            path = figures_path(args.out, seed, name, part)
             if path.is_file():
-                seeds[str(seed)] = json.loads(path.read_text("utf-8"))
+                figures = seeds.get(str(seed), {}) if part else {}
+                seeds[str(seed)] = figures | json.loads(path.read_text("utf-8"))
         if seeds:
             outcome = "not all seeds are done"
-            if len(seeds) == len(claim.seeds):
+            if all(is_done(seeds, *one) for one in itertools.product(claim.seeds, claim.parts)):
                 outcome = verdict(list(seeds.values()), claim.rule)
             results[name] = {"claim": claim.claim, "verdict": outcome, "seeds": seeds}
+            if claim.answers:
+                results[name]["answers"] = claim.answers(list(seeds.values()))
     return results
+
+
+def is_done(seeds, seed, part):
+    """Whether the figures of the seeds hold those of a part with a seed."""
+    return any(arm.endswith(part) for arm in seeds.get(str(seed), {}))
 
 
 def read_results(path):
@@ -280,7 +353,8 @@ def read_results(path):
                          "read from --out again") from None
 
 
-def figures_path(out, seed, name):
+def figures_path(out, seed, name, part=""):
+    name = f"{name}, {part}" if part else name
     return out / f"seed-{seed}/figures/{name}.json"
 
 
@@ -290,11 +364,14 @@ def table(results):
     for entry in results.values():
         seeds = list(entry["seeds"].values())
         yield f"\n**{entry['claim']}**: {entry['verdict']} ({len(seeds)} seeds)\n"
+        for part, answers in entry.get("answers", {}).items():
+            yield from (f"- {part}: {question}: {answer}" for question, answer in answers.items())
         metrics = list(dict.fromkeys(metric for figures in seeds for arm in figures.values()
                                      for metric in arm))
         yield "| | " + " | ".join(metrics) + " |\n|---|" + "---|" * len(metrics)
-        for arm in seeds[0]:
-            cells = [cell([figures[arm].get(metric) for figures in seeds]) for metric in metrics]
+        for arm in dict.fromkeys(itertools.chain(*seeds)):
+            cells = [cell([figures.get(arm, {}).get(metric) for figures in seeds])
+                     for metric in metrics]
             yield f"| {arm} | " + " | ".join(cells) + " |"
 
 
@@ -323,18 +400,19 @@ def main(args):
 
 
 def measure_missing(args, name):
-    """Measure the seeds of a claim that are not done -> one line for each that failed."""
+    """Measure the parts and seeds of a claim that are not done -> one line for each that failed."""
     claim, failures = CLAIMS[name], []
-    for seed in claim.seeds:
-        if str(seed) in collect(args).get(name, {}).get("seeds", {}):
+    for part, seed in itertools.product(claim.parts, claim.seeds):
+        if is_done(collect(args).get(name, {}).get("seeds", {}), seed, part):
             continue
-        print(f"{name}, seed {seed}: {claim.claim}", file=sys.stderr, flush=True)
+        where = ", ".join(filter(None, (name, part, f"seed {seed}")))
+        print(f"{where}: {claim.claim}", file=sys.stderr, flush=True)
         try:
-            figures = claim.measure(Lab(args.out, seed))
+            figures = claim.measure(Lab(args.out, seed), *filter(None, [part]))
         except InputError as error:
-            failures.append(f"{name}, seed {seed}: {error}")
+            failures.append(f"{where}: {error}")
             print(failures[-1], file=sys.stderr, flush=True)
             continue
-        files.write_json(figures_path(args.out, seed, name), figures)
+        files.write_json(figures_path(args.out, seed, name, part), figures)
         files.write_json(args.results, collect(args))
     return failures

@@ -28,13 +28,16 @@ class Lab(Loop):
     Whatever one experiment has trained, the next one finds.
     """
 
-    def __init__(self, out, seed):
+    def __init__(self, out, seed, base=CODE / "assets/toy", scenes=None):
+        """base: its folder. scenes: the folder that the scenes of this seed are drawn to; labs that
+        differ in the base can share one."""
         super().__init__(out / f"seed-{seed}", log=out / f"seed-{seed}.log")
-        self.seed, self.flags, self.base = seed, ("--seed", seed), CODE / "assets/toy"
+        self.seed, self.flags, self.base = seed, ("--seed", seed), base
+        self.scenes = scenes or self.out
         self.out.mkdir(parents=True, exist_ok=True)
 
     def split(self, name, n, *wants):
-        return make_split(self.out, name, n, self.seed, wants)
+        return make_split(self.scenes, name, n, self.seed, wants)
 
     def train_split(self):
         return self.split("train", CAPTIONS, "captions", "questions")[0]
