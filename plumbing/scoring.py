@@ -21,7 +21,8 @@ E: true statements that are no facts ("also_true"), as in DCScore of DeCapBench
     rare_precision    where some facts are rare, the true share of statements that claim a rare one:
                       those whose text is rare, or in which there is a word that on all images
                       only rare facts have
-    rare_recall       and the stated share of facts that are rare
+    rare_recall       and the stated share of facts that are rare; common_precision and
+                      common_recall are those of all others
     planted           of the subjects with planted statements ("about", or else the text without its
                       last word) the share about which one of these was made
     eos               of the captions with a "finish" the share that ended with the end token
@@ -208,8 +209,7 @@ def metrics(n):
     both = precision + recall
     per_caption = ratio(n["with_repeats"], n["captions"])
     has_tokens = "with_tokens" in n
-    rare = {"rare_precision": ratio(n["rare_true"], n["rare_statements"]),
-            "rare_recall": ratio(n["rares_stated"], n["rares"])} if "rares" in n else {}
+    rare = rare_metrics(n) if "rares" in n else {}
     return {"precision": precision, "recall": recall,
             "f1": np.where(both == 0, 0, ratio(2 * precision * recall, both)),
             "detail_precision": ratio(n["detail_true"], n["detail_statements"]),
@@ -217,6 +217,15 @@ def metrics(n):
             "planted": ratio(n["invented"], n["things"]), "eos": ratio(n["eos"], n["finished"]),
             "repeat": ratio(n["repeat"], n["captions"]), "statements": per_caption,
             "length": ratio(n["tokens"], n["with_tokens"]) if has_tokens else per_caption}
+
+
+def rare_metrics(n):
+    """Precision and recall of rare facts and of all others, as `metrics`."""
+    return {"rare_precision": ratio(n["rare_true"], n["rare_statements"]),
+            "rare_recall": ratio(n["rares_stated"], n["rares"]),
+            "common_precision": ratio(n["true"] - n["rare_true"],
+                                      n["statements"] - n["rare_statements"]),
+            "common_recall": ratio(n["stated"] - n["rares_stated"], n["facts"] - n["rares"])}
 
 
 def interval(values):

@@ -7,6 +7,7 @@ WRITES  out/claims: a folder per seed; results/claims.json: every number, a verd
     python toy.py claims --only gates   # one claim
     python toy.py claims --only competence      # the curve over a ladder of bases
     python toy.py claims --table        # the results so far
+    python toy.py claims --base out/hard        # claims about the hard world, on a base of it
 
 Each seed has scenes, captions and training of its own on the same base. Learning rates and β are
 tuned on another seed, TUNE. A claim with parts, such as the bases of a ladder, is measured and
@@ -26,14 +27,16 @@ from typing import NamedTuple
 
 from plumbing import files
 from plumbing.errors import InputError
-from toy_world import competence, experiments
+from toy_world import competence, experiments, longtail, worlds
 from toy_world.lab import Lab, both_f1
 
 
 def add_flags(p):
-    p.add_argument("--out", type=Path, default=Path("out/claims"), help="folder of the runs")
-    p.add_argument("--results", type=Path, default=Path("results/claims.json"),
-                   help="file of all numbers")
+    p.add_argument("--base", type=Path, help="folder of a base of the hard world: test the claims "
+                   "about it; its name, NAME below, tells their runs apart")
+    p.add_argument("--out", type=Path, help="folder of the runs; left out, out/claims[-NAME]")
+    p.add_argument("--results", type=Path, help="file of all numbers; left out, "
+                   "results/claims[-NAME].json")
     p.add_argument("--only", help=f"one of {', '.join(CLAIMS)}")
     p.add_argument("--table", action="store_true", help="run nothing, print the results so far")
 
@@ -261,6 +264,7 @@ class Claim(NamedTuple):
     seeds: tuple = (0, 1, 2)
     parts: tuple = ("",)                # each arm of a part ends in the part
     answers: Callable | None = None     # [figures of a seed] -> {part: {question: answer}}
+    world: str = "easy"                 # which it is about
 
 
 FOUR = (0, 1, 2, 3)
@@ -305,6 +309,9 @@ CLAIMS = {
     "competence": Claim("(ours) gate and DPO earn their place, however well the base answers",
                         competence.competence, competence_reproduces, parts=competence.RUNGS,
                         answers=competence_answers),
+    "longtail": Claim("LoRA and full tuning forget what is rare; adapters do not",
+                      longtail.longtail, for_each_seed(longtail.is_forgotten),
+                      world="hard"),
 }
 
 
@@ -387,16 +394,28 @@ def cell(values):
 def main(args):
     """Measure every missing seed and write the results after each. A seed that fails is reported at
     the end; the others are measured."""
-    if args.only and args.only not in CLAIMS:
-        raise InputError(f"--only {args.only}: want one of {', '.join(CLAIMS)}")
-    failures = []
+    failures, suffix = [], f"-{args.base.name}" if args.base else ""
+    args.out = args.out or Path(f"out/claims{suffix}")
+    args.results = args.results or Path(f"results/claims{suffix}.json")
     if not args.table:
-        for name in [args.only] if args.only else CLAIMS:
+        for name in chosen(args):
             failures += measure_missing(args, name)
         files.write_json(args.results, collect(args))
     print("\n".join(table(collect(args))))
     if failures:
         raise InputError(f"{len(failures)} of the runs failed, the first: {failures[0]}")
+
+
+def chosen(args):
+    """The names of the claims to measure: one, or all about the world of the base."""
+    world = worlds.name_of(args.base) if args.base else "easy"
+    names = [name for name, claim in CLAIMS.items() if claim.world == world]
+    if args.only and args.only not in CLAIMS:
+        raise InputError(f"--only {args.only}: want one of {', '.join(CLAIMS)}")
+    if (args.base and world == "easy") or args.only not in (None, *names):
+        raise InputError("--base: want a base of the hard world for claims about it, and none for "
+                         "the others, which are tested on assets/toy")
+    return [args.only] if args.only else names
 
 
 def measure_missing(args, name):
@@ -408,7 +427,8 @@ def measure_missing(args, name):
         where = ", ".join(filter(None, (name, part, f"seed {seed}")))
         print(f"{where}: {claim.claim}", file=sys.stderr, flush=True)
         try:
-            figures = claim.measure(Lab(args.out, seed), *filter(None, [part]))
+            lab = Lab(args.out, seed, args.base) if args.base else Lab(args.out, seed)
+            figures = claim.measure(lab, *filter(None, [part]))
         except InputError as error:
             failures.append(f"{where}: {error}")
             print(failures[-1], file=sys.stderr, flush=True)

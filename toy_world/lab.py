@@ -4,6 +4,7 @@ import functools
 
 import adapters
 from base import open_base
+from toy_world import worlds
 from toy_world.steps import CODE, Loop, make_split
 
 TUNE = 100                              # the seed on which learning rates and β are chosen
@@ -37,7 +38,11 @@ class Lab(Loop):
         self.out.mkdir(parents=True, exist_ok=True)
 
     def split(self, name, n, *wants):
-        return make_split(self.scenes, name, n, self.seed, wants)
+        return make_split(self.scenes, name, n, self.seed, wants, self.world.draw_scenes)
+
+    @property
+    def world(self):
+        return worlds.WORLDS[worlds.name_of(self.base)]
 
     def train_split(self):
         return self.split("train", CAPTIONS, "captions", "questions")[0]
@@ -91,13 +96,16 @@ class Lab(Loop):
         {"greedy f1": …, "sampled f1": …, …} for all METRICS.
         """
         images, truth = self.held_out()
-        folder = self.out / name
-        how = ("--adapters", folder)
-        if (folder / "model.safetensors").is_file():
-            how = ("--base", folder, "--adapters", "none")
+        how = self.flags_of(self.out / name)
         scores = self.judge(name, images, truth, *how, seed=self.seed)
         return {f"{way} {metric}": value for way, figures in scores.items()
                 for metric, value in selected(figures).items()}
+
+    def flags_of(self, folder):
+        """The flags of caption.py for a folder with adapters or whole weights."""
+        if (folder / "model.safetensors").is_file():
+            return "--base", folder, "--adapters", "none"
+        return "--adapters", folder
 
     def load(self, *folders):
         """The base with the adapters of these folders."""
