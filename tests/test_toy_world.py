@@ -214,7 +214,7 @@ def test_no_question_of_an_image_is_asked_twice(tmp_path):
     n_repeated = 0
     for number, seed in enumerate(seeds):
         scene, rng = world.make_scene(seed), random.Random(f"rows {seed}")
-        assert rows["captions"][number]["caption"] == world.short_caption(scene, rng)
+        assert rows["captions"][number]["caption"] == world.short_caption(world.facts(scene), rng)
         drawn = [world.ask(text) for text, _, _ in world.questions(scene, 30, rng)]
         asked = rows["questions"][3 * number : 3 * number + 3]
         assert {row["image"] for row in asked} == {f"{number:05d}.png"}
