@@ -51,7 +51,8 @@ RELATIONS = ("behind", "beside", "front")
 NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 WORDS = (*BACKGROUNDS, *PLACES, *COLORS, *SHAPES, *SHAPES.values(), *MARKS, *RELATIONS, *NUMBERS,
          "objects", "largest", "center", "close-up", "background", "plain", "empty", "alone")
-STARTS = (*easy.STARTS, *SHAPES.values(), "objects", "largest")
+STARTS = ("background", "close-up", "top", "bottom", "center", *SHAPES.values(), "objects",
+          "largest")
 
 
 # ---------------------------------------------------------------- frequencies

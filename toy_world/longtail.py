@@ -24,7 +24,7 @@ def own_tasks(lab, model, n=SCENES):
     report = base.seen(model, scenes, base.looks_at(model, scenes, world=world), lab.seed, world)
     shares = {"dense precision": report["precision"], "dense recall": report["recall"],
               "questions": report["yes/no"]}
-    return {f"{name}, {frequency}": of[frequency][0]
+    return {f"{name}, {frequency}": of.get(frequency, (None, 0))[0]     # None: no such statement
             for name, of in shares.items() for frequency in FREQUENCIES}
 
 
@@ -58,9 +58,10 @@ def longtail(lab):
 
 
 def lost(figures, tune, frequency):
-    """The share of the base's recall of common or rare facts, in dense captions, that SFT lost."""
-    metric = f"dense recall, {frequency}"
-    return 1 - figures[tune][metric] / figures["base"][metric]
+    """The share of the base's recall of common or rare facts, in dense captions, that SFT lost; 0
+    where it had none."""
+    before, after = (figures[arm][f"dense recall, {frequency}"] for arm in ("base", tune))
+    return 1 - after / before if before else 0.0
 
 
 def is_forgotten(figures):

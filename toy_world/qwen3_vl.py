@@ -36,7 +36,7 @@ def tokenizer(world=easy):
     """All bytes, then each word of the world's texts as one token, then the special tokens."""
     texts = [CAPTION_PROMPT, easy.CAPTION_PROMPT, HFModel.question_form, easy.ask("it"),
              "user assistant", "assistant", "Is", " Yes No yes no", "Yes", "No", "yes", "no",
-             " ".join(world.STARTS), f" {' '.join(world.WORDS)}"]
+             *world.STARTS, f" {' '.join(world.WORDS)}"]
     words = [word for text in texts for word in re.findall(r"[^A-Za-z]?[A-Za-z]+", text)]
     tokens = [bytes([byte]) for byte in range(256)]
     tokens += [word.encode() for word in dict.fromkeys(words) if len(word) > 1]

@@ -47,7 +47,9 @@ DENSE_PROMPT = "Generate the caption in English with grounding:"
 # every word of the facts, questions and answers of this world
 WORDS = (*BACKGROUNDS, *PLACES, *COLORS, *SHAPES, *MARKS, "center", "close-up", "background",
          "plain", "empty")
-STARTS = ("background", "close-up", "top", "bottom", "center")  # with which captions begin
+# Texts whose first words a caption may begin with, for the Qwen3-VL's tokenizer, which tells a word
+# from the same word after a space. The shipped one has only "background" without a space.
+STARTS = ("background close-up top bottom center",)
 RARE_WORDS = frozenset()                # those that are seen too seldom to be learned
 
 
