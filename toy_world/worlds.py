@@ -1,7 +1,7 @@
 """The toy worlds by name, and which one the folder of a base belongs to.
 
 A world is a module with these names: make_scene, facts, truth, draw, draw_scenes, close_up,
-as_close_up, questions; MARKS; WORDS, all words of its texts, and STARTS, those with which they begin;
+as_close_up, questions; MARKS; WORDS, all words of its texts; STARTS, with which they begin;
 RARE_WORDS, and if there are any TAIL, the `tail` of make_scene and draw_scenes for tests on them.
 """
 import json
