@@ -1,4 +1,4 @@
-"""Captions against known truth: what they get right, what they leave out and what they invent.
+"""Captions against known truth, or a judge: what they get right, leave out and invent.
 
 READS   captions (JSONL of {"image", "caption", "finish", "tokens"} or {"image", "error"}, one or
         more rows per image) or a golden file; the truth about the images, COCO's annotations
@@ -46,7 +46,7 @@ from plumbing import arguments, capeval, captionqa, data, files
 from plumbing.arguments import count_or_none
 from plumbing.errors import InputError
 from plumbing.scoring import normal, pooled, ratio, score, score_golden, tally
-from plumbing.verdicts import Verdicts, ask_judge, judged_figures, table
+from plumbing.verdicts import Verdicts, ask_judge, judged_figures, table, unanswered
 from plumbing.weights import usable_device
 
 
@@ -329,16 +329,18 @@ def judge(args, rows):
     if args.submission:
         write_submission(args, rows, items, benchmark)
     operation = tool_llm.Operation(benchmark.NAME, benchmark.prompt, benchmark.read, benchmark.rule)
-    tool = tool_llm.open_tool(args, usable_device(args.device))
-    verdicts = Verdicts(args.verdicts, tool.name, benchmark)
+    verdicts = Verdicts(args.verdicts, tool_llm.tool_name(args), benchmark)
     captioned = [row for row in rows if row["image"] and row.get("caption") is not None]
-    errors = ask_judge(tool, operation, captioned, items, verdicts)
+    errors = []
+    if any(unanswered(captioned, items, verdicts)):     # otherwise no model need be opened
+        tool = tool_llm.open_tool(args, usable_device(args.device))
+        errors = ask_judge(tool, operation, captioned, items, verdicts)
     figures = judged_figures(rows, items, verdicts, args.bootstrap, args.seed)
     if unreadable := figures["figures"]["all"]["unreadable"]:
         reason = f" ({errors[-1]})" if errors else ""
-        print(f"evaluate.py: {unreadable} items have no verdict{reason}; the same command asks for "
-              "them again", file=sys.stderr)
-    return {"benchmark": benchmark.NAME, "judge": tool.name, **figures}
+        print(f"evaluate.py: items without a verdict: {unreadable}{reason}; the same command asks "
+              "for them again", file=sys.stderr)
+    return {"benchmark": benchmark.NAME, "judge": verdicts.judge, **figures}
 
 
 # ---------------------------------------------------------------- main

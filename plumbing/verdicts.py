@@ -88,7 +88,7 @@ def ask_judge(tool, operation, rows, items, verdicts):
     return errors
 
 
-def unanswered(rows, items, verdicts, at_once):
+def unanswered(rows, items, verdicts, at_once=1):
     """Questions {"image", "caption", "items"} of at most `at_once` items that have no verdict."""
     questions = {}
     for row in rows:
@@ -97,6 +97,7 @@ def unanswered(rows, items, verdicts, at_once):
         n_requests = max(math.ceil(len(waiting) / at_once), 1)
         size = max(math.ceil(len(waiting) / n_requests), 1)      # 51 items are 26 + 25, not 50 + 1
         for part in data.batched(list(waiting), size):
+            # by its items, since several rows may have one caption
             questions[tuple(part)] = {"image": row["image"], "caption": row["caption"],
                                       "items": [waiting[key] for key in part]}
     return list(questions.values())
@@ -147,7 +148,8 @@ def table(figures):
               for category, row in rows.items()]
     widths = [max(map(len, column)) + 2 for column in zip(*cells)]
     lines = ["".join(map(str.ljust, line, widths)).rstrip() for line in cells]
-    return [f"{figures['benchmark']}, judged by {figures['judge']}",
+    note = " (rules that look for words, no language model)" * (figures["judge"] == "shorthand")
+    return [f"{figures['benchmark']}, judged by {figures['judge']}{note}",
             f"captions of {figures['images']} of {n_images} images: {figures['captions']}; error "
             f"rows: {figures['errors']}; captions of other images: {figures['unknown']}", *lines]
 

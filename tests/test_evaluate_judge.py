@@ -255,7 +255,7 @@ def test_an_item_without_an_answer_is_asked_again_and_counts_apart(inputs, tmp_p
     assert figures["all"]["C"] == figures["all"]["P"] == 100
     assert figures[NAMES["TI"]]["unreadable"] == 0
     captured = capsys.readouterr()
-    assert "1 items have no verdict" in captured.err and "unreadable" in captured.out
+    assert "items without a verdict: 1 (" in captured.err and "unreadable" in captured.out
 
 
 def test_several_captions_of_an_image_are_all_judged(tmp_path):
@@ -267,6 +267,17 @@ def test_several_captions_of_an_image_are_all_judged(tmp_path):
     assert result["captions"] == 3 and result["judge"] == "shorthand"
     assert result["figures"]["all"]["items"] == 6
     assert result["figures"]["all"]["C"] == pytest.approx(100 * 3 / 6)
+
+
+def test_a_submission_has_the_captions_of_the_benchmark_s_images_alone(inputs, tmp_path):
+    """CAPEval's own code refuses empty captions and unknown images."""
+    rows = [*CAPTIONS, {"image": "PA003.jpg", "caption": " "}]
+    captions = write_rows(tmp_path / "more.jsonl", rows)
+    assert run(captions, "--checklist", inputs[1], "--submission", tmp_path / "new/s.json") == 0
+    assert json.loads((tmp_path / "new/s.json").read_text()) == [
+        {"image_id": "SO001.jpg", "caption": CAPTIONS[0]["caption"]},
+        {"image_id": "TI002.png", "caption": "a red cross"},
+    ]
 
 
 # ---------------------------------------------------------------- CAPEval: prompts and answers
@@ -595,3 +606,17 @@ def test_the_judge_s_flags_are_those_of_golden():
     )
     assert tool_llm.tool_name(args) == "hf:a" and args.tool_batch == 3
     assert str(args.verdicts) == "c.verdicts.jsonl"
+
+
+def test_a_judge_that_is_not_needed_is_not_opened(inputs, tmp_path):
+    """A server that is gone, and a model that is not there: nothing is asked of them."""
+    with serving(judge) as server:
+        assert run_judge(server, *inputs) == 0
+    assert run_judge(server, *inputs, cache="other") == 0
+    rows = verdicts_of(tmp_path)
+    known = verdicts.Verdicts(tmp_path / "captions.verdicts.jsonl", "hf:nowhere", capeval)
+    for row in rows:
+        caption = next(c["caption"] for c in CAPTIONS if c["image"].endswith(row["image"]))
+        question = {"image": row["image"], "caption": caption, "items": [{"item": row["asked"]}]}
+        known.add(question, [row["verdict"]])
+    assert run(inputs[0], "--checklist", inputs[1], "--tool", "hf:nowhere") == 0
