@@ -402,18 +402,16 @@ def judge(statements, threshold, min_votes, resolve):
     return [{**statement, "kept": k in kept} for k, statement in enumerate(statements)]
 
 
-def calibrate(p_yes, truth):
-    """The threshold t on P(yes) with the best F1 for "yes"; of equals, the one nearest to .5.
+def calibrate(p_yes, truth, beta=0.5):
+    """The threshold t on P(yes) with the best F_β for "yes"; of equals, the one nearest to .5.
 
-        F1(t) = 2 TP / (TP + FP + TP + FN) = 2 TP(t) / (kept(t) + yes)
+        F_β(t) = (1 + β²) P R / (β² P + R) = (1 + β²) TP(t) / (kept(t) + β² yes)
 
-    TP(t): questions with P(yes) ≥ t whose answer is yes; kept(t): all with P(yes) ≥ t; yes: all
-    whose answer is yes. Candidates lie halfway between neighbouring P(yes). Sorted by P(yes), both
-    counts are running sums: n log n.
-
-    Half of the questions are true, but most of the statements that the gate judges. Correcting the
-    threshold for that gains nothing in the toy world (docs/claims.md, "prior"): the false
-    statements of a model are those that it tends to believe, and a higher threshold is better.
+    P, R: precision and recall; TP(t): questions with P(yes) ≥ t whose answer is yes; kept(t): all
+    with P(yes) ≥ t; yes: all whose answer is yes. Candidates lie halfway between neighbouring
+    P(yes), and both counts are running sums: n log n. Recall counts β times as much as precision:
+    half as much, because the false statements that the gate judges are the model's own mistakes,
+    which it believes more than wrong answers to questions (docs/claims.md, "competence").
     """
     ranked = sorted(zip(p_yes, truth), reverse=True)
     edges = sorted({0.0, 1.0, *p_yes}, reverse=True)
@@ -422,9 +420,9 @@ def calibrate(p_yes, truth):
         while kept < len(ranked) and ranked[kept][0] >= above:
             right += ranked[kept][1]
             kept += 1
-        f1 = 2 * right / max(kept + sum(truth), 1)
+        f_beta = (1 + beta**2) * right / max(kept + beta**2 * sum(truth), 1)
         threshold = (above + below) / 2
-        candidates.append((round(f1, 9), -abs(threshold - 0.5), -threshold))
+        candidates.append((round(f_beta, 9), -abs(threshold - 0.5), -threshold))
     return -max(candidates)[2]
 
 

@@ -7,7 +7,9 @@ alone, from one that errs often to the shipped one, which hardly ever does.
 import json
 from typing import NamedTuple
 
-from plumbing import shards
+import adapters
+import generate
+from plumbing import data, files, shards
 from toy_world import base, gate_rules, stopping, world
 from toy_world.experiments import pooled_share
 from toy_world.lab import HELD_OUT, LRS, SAMPLES, TUNE, Lab, both_f1, climb, slug
@@ -18,9 +20,10 @@ RUNGS = ("1000 steps", "1250 steps", "1500 steps", "2000 steps", f"{SHIPPED} ste
 TUNING_RUNGS = ("1500 steps", "2000 steps")     # on which the gate is chosen, with other seeds
 TUNED_ON = "1500 steps"                 # the rung on which learning rates are chosen, seed TUNE
 IMAGES = 1500                           # unlabelled scenes per round
+QA_HOLDOUT = .1                         # of qa_adapter.py
 ASKED = 300                             # scenes with questions to a base and to a QA adapter
 VOTES = 2                               # samples that make a statement, of SAMPLES, in a vote
-GATE = "calibrated, group share"        # of gate_rules.py: what golden.py does by default
+GATE = "F.5, group share"               # of gate_rules.py: what golden.py does by default
 
 
 class Arm(NamedTuple):
@@ -180,18 +183,27 @@ def gates(rung, arm):
     captioner, figures = rung.sft_model(), {}
     for k in (1, 2, 3):
         golden = golden_of_round(rung, captioner, k, arm)
-        pool, threshold = pool_of(rung, golden, k), threshold_of(rung, captioner)
-        figures[f"statements {k}, {arm}"] = gate_rules.separation(pool, threshold)
-        for rule, kept in gate_rules.by_all_rules(pool, threshold):
+        pool, thresholds = pool_of(rung, golden, k), thresholds_of(rung, captioner)
+        figures[f"statements {k}, {arm}"] = gate_rules.separation(pool, thresholds["F.5"])
+        for rule, kept in gate_rules.by_all_rules(pool, thresholds):
             figures[f"golden {k} by {rule}, {arm}"] = kept
         captioner = rung.out / name_of("round", k, arm)
     return figures
 
 
-def threshold_of(rung, captioner):
-    """The threshold on which the QA adapter of a captioner was calibrated."""
-    card = json.loads((rung.qa_of(captioner) / "adapters.json").read_text("utf-8"))
-    return card["threshold"]
+def thresholds_of(rung, captioner):
+    """{"F1", "F.5": the threshold that has the best one} on the held-out questions of a QA adapter,
+    which qa_adapter.py calibrated with F.5. They are kept, as the pools are."""
+    path = rung.out / f"pools/thresholds-of-{captioner.name}.json"
+    if not path.is_file():
+        qa = rung.qa_of(captioner)
+        rows, _ = data.read_questions(rung.train_split() / "questions.jsonl")
+        _, held_out = data.split(rows, QA_HOLDOUT, rung.seed)
+        p_yes, truth = generate.answers(rung.load(captioner, qa), adapters.views_of(captioner),
+                                        held_out, print)
+        files.write_json(path, {name: generate.calibrate(p_yes, truth, beta)
+                                for name, beta in (("F1", 1), ("F.5", .5))})
+    return json.loads(path.read_text("utf-8"))
 
 
 # ---------------------------------------------------------------- signs of a good round
