@@ -271,6 +271,20 @@ FITTING = {
             ("round 2, DPO + CE, 1500 steps", "greedy f1", 0.66),
         ],
     ),
+    "threshold": (
+        {
+            "golden at 0.2": {"precision": 0.8, "recall": 0.9},
+            "golden at 0.99": {"precision": 0.9, "recall": 0.8},
+            "captioner at 0.2": judged(0.8, **{"greedy precision": 0.8, "greedy recall": 0.9}),
+            "captioner at 0.99": judged(0.8, **{"greedy precision": 0.9, "greedy recall": 0.8}),
+        },
+        [
+            ("golden at 0.2", "precision", 0.9),
+            ("golden at 0.99", "recall", 0.895),
+            ("captioner at 0.99", "greedy precision", 0.81),
+            ("captioner at 0.2", "greedy recall", 0.8),
+        ],
+    ),
     "soft prompt": (
         {"adapters alone": judged(0.7), "adapters and soft prompt": judged(0.715)},
         [("adapters alone", "greedy f1", 0.69), ("adapters alone", "greedy f1", 0.74)],
@@ -795,6 +809,14 @@ EXPECTED = {  # name: (its arms, keys that all of them have)
             *(f"{name}, {arm}" for arm in GATED for name in OF_AN_ARM),
             *(f"round {k}, CE on votes" for k in (1, 2, 3)),
         ),
+        set(),
+    ),
+    "threshold": (
+        {
+            "SFT",
+            *(f"golden at {least}" for least in toy_competence.CURVE),
+            *(f"captioner at {least}" for least in toy_competence.DIAL),
+        },
         set(),
     ),
     "soft prompt": ({"adapters and soft prompt", "adapters alone"}, JUDGED),

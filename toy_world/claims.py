@@ -253,6 +253,18 @@ def tuning_reproduces(figures):
                for rung in competence.TUNING_RUNGS)
 
 
+@for_each_seed
+def threshold_reproduces(figures):
+    """From the lowest to the highest threshold, precision rises and recall falls, both by more than
+    .01: of golden captions, and of the greedy captions of the captioners trained on them. (Written
+    down before the runs.)"""
+    low, high = min(competence.DIAL), max(competence.DIAL)
+    return all(beats(figures[f"{of} at {one}"], figures[f"{of} at {other}"], (metric,), .01)
+               for of, way in (("golden", ""), ("captioner", "greedy "))
+               for one, other, metric in ((high, low, f"{way}precision"),
+                                          (low, high, f"{way}recall")))
+
+
 # ---------------------------------------------------------------- the claims
 class Claim(NamedTuple):
     claim: str
@@ -302,6 +314,9 @@ CLAIMS = {
     "tuning": Claim("(ours, the seeds on which the gate was chosen) a stricter gate is better",
                     competence.tuning, tuning_reproduces, (100, 101, 102),
                     competence.TUNING_RUNGS),
+    "threshold": Claim("(ours) the threshold is a dial from recall to precision, for golden "
+                       "captions and for the captioner that learns from them",
+                       competence.threshold, threshold_reproduces),
     "competence": Claim("(ours) gate and DPO earn their place, however well the base answers",
                         competence.competence, competence_reproduces, parts=competence.RUNGS,
                         answers=competence_answers),
