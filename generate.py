@@ -375,45 +375,43 @@ def judge(statements, threshold, min_votes, resolve):
 
     P(yes) is the QA model's softmax mass of yes against no at the first token of its answer, and
     votes(s) is the number of samples that contain s. Statements that cannot all be true share a
-    group. With `resolve` only the best of a group's passing statements is kept: the one with the
-    highest P(yes), of equals the one with more votes, then the first.
+    group G. With `resolve` only the best of a group's passing statements is kept (the one with the
+    highest P(yes), of equals the one with more votes, then the first), and none where several are
+    about equally likely, so that the best has less than half of the group's Σ_G P(yes).
 
     Scoring each claim of a caption by a yes/no question is RLAIF-V's rule
-    (https://arxiv.org/abs/2405.17220). Asking each question alone, with the image but without the
-    caption, follows CapMAS (https://arxiv.org/abs/2412.15484): the longer the text before it, the
-    more a model relies on that text and the less on the image. In its experiments isolated
-    questions detect hallucinations with an AUROC of 81, against 74 for agreement between samples
-    (the votes) and 58 for token confidence. Groups are our addition: in the toy world, golden
-    captions with contradictions taught the captioner more of them in every round.
+    (https://arxiv.org/abs/2405.17220). Asking each question alone, without the caption, follows
+    CapMAS (https://arxiv.org/abs/2412.15484): after a text a model relies on that text and less on
+    the image. In its experiments isolated questions detect hallucinations with an AUROC of 81,
+    agreement between samples (the votes) with 74, token confidence with 58. Groups are our
+    addition: in the toy world contradictions in golden captions taught more of them in every round.
     """
+    sums = Counter()        # group -> P(yes) of all its statements
+    for statement in statements:
+        sums[statement["group"]] += statement["p_yes"]
     passing = {}            # group -> numbers of its passing statements
     for k, statement in enumerate(statements):
-        if statement["p_yes"] >= threshold and statement["votes"] >= min_votes:
-            exclusive = resolve and statement["group"] is not None
-            group = statement["group"] if exclusive else ("alone", k)
-            passing.setdefault(group, []).append(k)
+        group, p_yes = statement["group"], statement["p_yes"]
+        exclusive = resolve and group is not None
+        least = max(threshold, sums[group] / 2) if exclusive else threshold
+        if p_yes >= least and statement["votes"] >= min_votes:
+            passing.setdefault(group if exclusive else ("alone", k), []).append(k)
     # max gives the first of equals
     kept = {max(numbers, key=lambda k: (statements[k]["p_yes"], statements[k]["votes"]))
             for numbers in passing.values()}
     return [{**statement, "kept": k in kept} for k, statement in enumerate(statements)]
 
 
-def calibrate(p_yes, truth):
-    """The threshold t on P(yes) with the best F1 for "yes"; of equals, the one nearest to .5.
+def calibrate(p_yes, truth, beta=0.5):
+    """The threshold t on P(yes) with the best F_β for "yes"; of equals, the one nearest to .5.
 
-        F1(t) = 2 TP / (TP + FP + TP + FN) = 2 TP(t) / (kept(t) + yes)
+        F_β(t) = (1 + β²) P R / (β² P + R) = (1 + β²) TP(t) / (kept(t) + β² yes)
 
-    TP(t): questions with P(yes) ≥ t whose answer is yes; kept(t): all with P(yes) ≥ t; yes: all
-    whose answer is yes. Candidates lie halfway between neighbouring P(yes). Sorted by P(yes), both
-    counts are running sums: n log n.
-
-    Half of the questions are true, but most of the statements that the gate judges. With the share
-    s of true statements, which can be estimated from their P(yes), the odds of the threshold could
-    be divided by s / (1 - s). That would be right if a statement got P(yes) as a question of its
-    class does. Measured in the toy world (docs/claims.md, "prior"), it gains nothing on a base that
-    sees everything, and goes the wrong way on one that errs: the false statements of a model are
-    those that it tends to believe, and a higher threshold is better. So there is no correction;
-    golden.py has --threshold.
+    P, R: precision and recall; TP(t): questions with P(yes) ≥ t whose answer is yes; kept(t): all
+    with P(yes) ≥ t; yes: all whose answer is yes. Candidates lie halfway between neighbouring
+    P(yes), and both counts are running sums: n log n. Recall counts β times as much as precision:
+    half as much, because the false statements that the gate judges are the model's own mistakes,
+    which it believes more than wrong answers to questions (docs/claims.md, "competence").
     """
     ranked = sorted(zip(p_yes, truth), reverse=True)
     edges = sorted({0.0, 1.0, *p_yes}, reverse=True)
@@ -422,9 +420,9 @@ def calibrate(p_yes, truth):
         while kept < len(ranked) and ranked[kept][0] >= above:
             right += ranked[kept][1]
             kept += 1
-        f1 = 2 * right / max(kept + sum(truth), 1)
+        f_beta = (1 + beta**2) * right / max(kept + beta**2 * sum(truth), 1)
         threshold = (above + below) / 2
-        candidates.append((round(f1, 9), -abs(threshold - 0.5), -threshold))
+        candidates.append((round(f_beta, 9), -abs(threshold - 0.5), -threshold))
     return -max(candidates)[2]
 
 

@@ -111,7 +111,7 @@ def competence_figures(rung="1500 steps", **changes):
         **changes,
     }
     figures = {f"{arm}, {rung}": judged(f1) for arm, f1 in f1s.items()}
-    for rule, f1 in (("vote of 2", 0.7), ("calibrated", 0.8), (toy_competence.GATE, 0.9)):
+    for rule, f1 in (("vote of 2", 0.7), ("F1", 0.8), (toy_competence.GATE, 0.9)):
         figures.setdefault(f"golden 1 by {rule}, DPO + CE, {rung}", {"f1": f1})
     return figures
 
@@ -256,7 +256,7 @@ FITTING = {
         {
             f"golden 1 by {rule}, DPO + CE, {rung}": {"f1": f1}
             for rung in toy_competence.TUNING_RUNGS
-            for rule, f1 in (("calibrated", 0.8), (toy_competence.GATE, 0.81))
+            for rule, f1 in (("F1", 0.8), (toy_competence.GATE, 0.81))
         },
         [
             (f"golden 1 by {toy_competence.GATE}, DPO + CE, {rung}", "f1", 0.8)
@@ -269,6 +269,20 @@ FITTING = {
             ("round 2, CE on votes, 1500 steps", "greedy f1", 0.91),
             ("round 2, CE, 1500 steps", "sampled f1", 1.09),
             ("round 2, DPO + CE, 1500 steps", "greedy f1", 0.66),
+        ],
+    ),
+    "threshold": (
+        {
+            "golden at 0.2": {"precision": 0.8, "recall": 0.9},
+            "golden at 0.99": {"precision": 0.9, "recall": 0.8},
+            "captioner at 0.2": judged(0.8, **{"greedy precision": 0.8, "greedy recall": 0.9}),
+            "captioner at 0.99": judged(0.8, **{"greedy precision": 0.9, "greedy recall": 0.8}),
+        },
+        [
+            ("golden at 0.2", "precision", 0.9),
+            ("golden at 0.99", "recall", 0.895),
+            ("captioner at 0.99", "greedy precision", 0.81),
+            ("captioner at 0.2", "greedy recall", 0.8),
         ],
     ),
     "soft prompt": (
@@ -795,6 +809,14 @@ EXPECTED = {  # name: (its arms, keys that all of them have)
             *(f"{name}, {arm}" for arm in GATED for name in OF_AN_ARM),
             *(f"round {k}, CE on votes" for k in (1, 2, 3)),
         ),
+        set(),
+    ),
+    "threshold": (
+        {
+            "SFT",
+            *(f"golden at {least}" for least in toy_competence.CURVE),
+            *(f"captioner at {least}" for least in toy_competence.DIAL),
+        },
         set(),
     ),
     "soft prompt": ({"adapters and soft prompt", "adapters alone"}, JUDGED),

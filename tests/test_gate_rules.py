@@ -107,14 +107,14 @@ def test_posteriors_of_p_yes_and_votes_are_those_of_bayes():
         errors.append(abs(p - odds / (1 + odds)))
     assert sum(errors) / len(errors) < 0.01
     assert sum(errors_without_votes) / len(errors) > 0.03
-    figures = dict(gate_rules.by_all_rules(pool, 0.5))
-    assert figures["posterior"]["f1"] > figures["calibrated"]["f1"] > figures["union"]["f1"]
+    figures = dict(gate_rules.by_all_rules(pool, {"F1": 0.5, "F.5": 0.6}))
+    assert figures["posterior"]["f1"] > figures["F1"]["f1"] > figures["union"]["f1"]
     assert figures["posterior"]["f1"] > figures["vote of 2"]["f1"]
 
 
 def test_every_rule_gives_figures_also_of_a_pool_where_all_is_true():
     pool = [image(statement(1.0, votes=6), statement(0.9999, votes=1), facts=2)]
-    for rule, figures in gate_rules.by_all_rules(pool, 0.5):
+    for rule, figures in gate_rules.by_all_rules(pool, {"F1": 0.5, "F.5": 0.6}):
         assert math.isfinite(figures["f1"]) or figures["recall"] == 0, rule
 
 

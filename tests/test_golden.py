@@ -273,33 +273,41 @@ def test_of_a_group_the_likeliest_is_kept(facts, expected):
     assert kept(facts, resolve=False) == [s["text"] for s in facts if s["p_yes"] >= 0.5]
 
 
-def test_a_refused_statement_does_not_block_its_group():
-    """One that is likely but has too few votes excludes nothing."""
-    facts = [fact("lonely", 0.99, "g", 1), fact("in two samples", 0.6, "g", 2)]
+def test_a_statement_with_too_few_votes_does_not_take_the_place_of_its_group():
+    facts = [fact("lonely", 0.65, "g", 1), fact("in two samples", 0.65, "g", 2)]
     assert kept(facts, min_votes=2) == ["in two samples"]
-    assert kept(facts) == ["lonely"]
+    facts[1]["p_yes"] = 0.6
+    assert kept(facts) == ["lonely"] and kept(facts, min_votes=2) == []
+
+
+def test_the_best_of_a_group_needs_half_of_its_probability():
+    """Whether the other statements pass by themselves or not: they are evidence against the best."""
+    shapes = [fact("ring", 0.63, "g"), fact("cross", 0.62, "g"), fact("circle", 0.59, "g")]
+    assert kept(shapes) == [] and kept(shapes, threshold=0.6) == []
+    assert kept(shapes, resolve=False) == ["ring", "cross", "circle"]
+    assert kept([*shapes, fact("star", 0.9, "h"), fact("red", 0.5)]) == ["star", "red"]
+    assert kept([fact("ring", 1.0, "g"), *shapes[1:2], fact("circle", 0.37, "g")]) == ["ring"]
+    assert kept([fact("likely", 0.99, "g", 1), fact("voted for", 0.6, "g", 2)], min_votes=2) == []
 
 
 def slow_judge(facts, threshold, min_votes, resolve):
-    """The rule as method.md and the docstring say it, pair by pair."""
+    """The rule as the docstring says it, pair by pair."""
 
     def passes(s):
         return s["p_yes"] >= threshold and s["votes"] >= min_votes
+
+    def rivals(k):
+        group = facts[k]["group"]
+        alone = not resolve or group is None
+        return [] if alone else [j for j, s in enumerate(facts) if j != k and s["group"] == group]
 
     def beats(j, k):
         return (facts[j]["p_yes"], facts[j]["votes"], k) > (facts[k]["p_yes"], facts[k]["votes"], j)
 
     return [
         passes(s)
-        and not (
-            resolve
-            and s["group"] is not None
-            and any(
-                beats(j, k)
-                for j, other in enumerate(facts)
-                if j != k and other["group"] == s["group"] and passes(other)
-            )
-        )
+        and s["p_yes"] >= sum(facts[j]["p_yes"] for j in rivals(k))
+        and not any(beats(j, k) for j in rivals(k) if passes(facts[j]))
         for k, s in enumerate(facts)
     ]
 

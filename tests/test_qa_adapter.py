@@ -1,5 +1,6 @@
 """qa_adapter.py as a user runs it: what it learns below the captioner, the gate it measures, and what it leaves alone."""
 
+import functools
 import itertools
 import json
 import random
@@ -271,7 +272,9 @@ def test_with_vision_adapters_stand_in_both_towers_below_the_captioner_s(
     assert card["where"] == ["vision", "language"] and usual["where"] == ["language"]
     assert card["below"] == usual["below"] == "caption"
     model, path = with_qa(captioner, tmp_path), data / "00000.png"
-    assert {slot.stack for tower in adapters.TOWERS for slot, *_ in model.places(tower)} == {("qa", "caption")}
+    assert {slot.stack for tower in adapters.TOWERS for slot, *_ in model.places(tower)} == {
+        ("qa", "caption")
+    }
     names = adapters.names_of(model, "qa")
     assert names == sorted(stages.weights_of(tmp_path)) and len(names) == 4 * 2 * (2 + 1)
     assert sum(".visual." in name for name in names) == 4 * 2
@@ -370,28 +373,42 @@ def test_the_gate_counts(seed=0):
     }  # ≥ threshold
 
 
-def test_the_threshold_has_the_best_f1_of_all():
+def f_beta(p_yes, truth, beta, threshold):
+    """(1 + β²) P R / (β² P + R)."""
+    figures = generate.gate(p_yes, truth, threshold)
+    precision, recall = figures["precision"], figures["recall"]
+    both = beta**2 * precision + recall
+    return (1 + beta**2) * precision * recall / both if both else 0.0
+
+
+@pytest.mark.parametrize("beta", [0.5, 1])
+def test_the_threshold_has_the_best_f_of_all(beta):
     rng = random.Random(0)
-    for case in range(300):
+    for case in range(150):
         n = rng.randint(1, 12)
         p_yes = [rng.choice((0.0, 1.0, rng.random(), round(rng.random(), 1))) for _ in range(n)]
         truth = [rng.random() < (0.3 + 0.5 * p if case % 2 else 0.5) for p in p_yes]
 
-        def f1(threshold, p_yes=p_yes, truth=truth):
-            both = sum(p >= threshold and t for p, t in zip(p_yes, truth))
-            return 2 * both / max(sum(p >= threshold for p in p_yes) + sum(truth), 1)
-
-        found = generate.calibrate(p_yes, truth)
+        score = functools.partial(f_beta, p_yes, truth, beta)
+        found = generate.calibrate(p_yes, truth, beta)
         edges = sorted({0.0, 1.0, *p_yes})
         candidates = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
-        best = max(map(f1, candidates))
-        assert 0 < found < 1 and f1(found) == pytest.approx(best)
+        best = max(map(score, candidates))
+        assert 0 < found < 1 and score(found) == pytest.approx(best)
         assert (
-            best >= max(f1(k / 1000) for k in range(1, 1000)) - 1e-9
+            best >= max(score(k / 1000) for k in range(1, 1000)) - 1e-9
         )  # no other threshold does better
-        closest = min((t for t in candidates if f1(t) > best - 1e-9), key=lambda t: abs(t - 0.5))
+        closest = min((t for t in candidates if score(t) > best - 1e-9), key=lambda t: abs(t - 0.5))
         assert abs(found - 0.5) == pytest.approx(abs(closest - 0.5))
-    assert generate.calibrate([0.2, 0.8], [False, True]) == 0.5
+    assert generate.calibrate([0.2, 0.8], [False, True], beta) == 0.5
+
+
+def test_precision_counts_for_more_than_recall_by_default():
+    """A threshold below .4 accepts three more true ones, and two false ones."""
+    p_yes = [0.9] * 10 + [0.4] * 5 + [0.1] * 5
+    truth = [True] * 10 + [True] * 3 + [False] * 7
+    assert generate.calibrate(p_yes, truth) == pytest.approx(0.65)
+    assert generate.calibrate(p_yes, truth, beta=1) == pytest.approx(0.25)
 
 
 def test_what_is_printed_logged_and_kept_is_that_of_the_held_out_questions(
@@ -399,7 +416,9 @@ def test_what_is_printed_logged_and_kept_is_that_of_the_held_out_questions(
 ):
     code = stages.run(qa_adapter, *arguments(captioner, data, tmp_path))
     out, err = capsys.readouterr()
-    _, held = plumbing.data.split(plumbing.data.read_questions(data / "questions.jsonl")[0], 0.25, 0)
+    _, held = plumbing.data.split(
+        plumbing.data.read_questions(data / "questions.jsonl")[0], 0.25, 0
+    )
     model = with_qa(captioner, tmp_path)
     p_yes = [
         yes_probability(model, views(open_image(row["image"]), SIDE), [row["question"]]).item()

@@ -5,9 +5,12 @@ An experiment as in experiments.py, on a ladder of bases that differ in the leng
 alone, from one that errs often to the shipped one, which hardly ever does.
 """
 import json
+import shutil
 from typing import NamedTuple
 
-from plumbing import shards
+import adapters
+import generate
+from plumbing import data, files, shards
 from toy_world import base, gate_rules, stopping, world
 from toy_world.experiments import pooled_share
 from toy_world.lab import HELD_OUT, LRS, SAMPLES, TUNE, Lab, both_f1, climb, slug
@@ -18,9 +21,12 @@ RUNGS = ("1000 steps", "1250 steps", "1500 steps", "2000 steps", f"{SHIPPED} ste
 TUNING_RUNGS = ("1500 steps", "2000 steps")     # on which the gate is chosen, with other seeds
 TUNED_ON = "1500 steps"                 # the rung on which learning rates are chosen, seed TUNE
 IMAGES = 1500                           # unlabelled scenes per round
+CURVE = (0, .1, .2, .3, .4, .5, .6, .7, .8, .9, .95, .98, .99)     # thresholds on P(yes)
+DIAL = (.2, .5, .8, .95, .99)           # thresholds of golden captions that a captioner learns from
+QA_HOLDOUT = .1                         # of qa_adapter.py
 ASKED = 300                             # scenes with questions to a base and to a QA adapter
 VOTES = 2                               # samples that make a statement, of SAMPLES, in a vote
-GATE = "calibrated, group share"        # of gate_rules.py: what golden.py does by default
+GATE = "F.5, group share"               # of gate_rules.py: what golden.py does by default
 
 
 class Arm(NamedTuple):
@@ -180,18 +186,27 @@ def gates(rung, arm):
     captioner, figures = rung.sft_model(), {}
     for k in (1, 2, 3):
         golden = golden_of_round(rung, captioner, k, arm)
-        pool, threshold = pool_of(rung, golden, k), threshold_of(rung, captioner)
-        figures[f"statements {k}, {arm}"] = gate_rules.separation(pool, threshold)
-        for rule, kept in gate_rules.by_all_rules(pool, threshold):
+        pool, thresholds = pool_of(rung, golden, k), thresholds_of(rung, captioner)
+        figures[f"statements {k}, {arm}"] = gate_rules.separation(pool, thresholds["F.5"])
+        for rule, kept in gate_rules.by_all_rules(pool, thresholds):
             figures[f"golden {k} by {rule}, {arm}"] = kept
         captioner = rung.out / name_of("round", k, arm)
     return figures
 
 
-def threshold_of(rung, captioner):
-    """The threshold on which the QA adapter of a captioner was calibrated."""
-    card = json.loads((rung.qa_of(captioner) / "adapters.json").read_text("utf-8"))
-    return card["threshold"]
+def thresholds_of(rung, captioner):
+    """{"F1", "F.5": the threshold that has the best one} on the held-out questions of a QA adapter,
+    which qa_adapter.py calibrated with F.5. They are kept, as the pools are."""
+    path = rung.out / f"pools/thresholds-of-{captioner.name}.json"
+    if not path.is_file():
+        qa = rung.qa_of(captioner)
+        rows, _ = data.read_questions(rung.train_split() / "questions.jsonl")
+        _, held_out = data.split(rows, QA_HOLDOUT, rung.seed)
+        p_yes, truth = generate.answers(rung.load(captioner, qa), adapters.views_of(captioner),
+                                        held_out, print)
+        files.write_json(path, {name: generate.calibrate(p_yes, truth, beta)
+                                for name, beta in (("F1", 1), ("F.5", .5))})
+    return json.loads(path.read_text("utf-8"))
 
 
 # ---------------------------------------------------------------- signs of a good round
@@ -236,3 +251,35 @@ def tuning(lab, part):
     figures = {"SFT": rung.judged(rung.sft_model().name),
                **rounds(rung, arm), **gates(rung, arm), **signs(rung, arm)}
     return {f"{name}, {part}": of for name, of in figures.items()}
+
+
+def threshold(lab):
+    """Golden captions of one pool by their threshold, and captioners trained on some of them, on
+    the rung TUNED_ON."""
+    rung = rung_of(lab, TUNED_ON)
+    sft = rung.sft_model()
+    golden = golden_of_round(rung, sft, 1, "DPO + CE")
+    pool = pool_of(rung, golden, 1)
+    p_yes = [statement["p_yes"] for statement in gate_rules.statements_of(pool)]
+    figures = {"SFT": rung.judged(sft.name)}
+    for least in CURVE:
+        kept = gate_rules.kept_above(pool, p_yes, least, share=True)
+        figures[f"golden at {least}"] = gate_rules.scores(pool, kept)
+    lr = best_lr(lab.out.parent, "DPO + CE")
+    for least in DIAL:
+        stricter = recomposed(rung, sft, golden, least)
+        trained = rung.trained(f"round-1-at-{least}", sft, stricter, "--lr", lr)
+        figures[f"captioner at {least}"] = rung.judged(trained.name)
+    return figures
+
+
+def recomposed(rung, captioner, golden, least):
+    """A golden folder with the same statements at another threshold -> its folder."""
+    folder, _ = rung.split("images-1", IMAGES)
+    out = rung.out / f"{golden.name}-at-{least}"
+    if not (out / "settings.json").is_file():
+        made_last = shutil.ignore_patterns("compose-*", "golden.jsonl", "record.jsonl", "*.html")
+        shutil.copytree(golden, out, ignore=made_last, dirs_exist_ok=True)
+    rung.golden(captioner, rung.qa_of(captioner), folder, out, "--samples", SAMPLES, *rung.flags,
+                "--threshold", least)
+    return out

@@ -16,7 +16,7 @@ STRICT = .8                             # a fixed threshold
 HALF = .5                               # of a group's P(yes), the least that its winner must have
 KNOWN = ("p_yes", "votes", "group")     # what a rule may look at
 ENDS = {False: "", True: ", group share"}       # of the names of rules; see has_its_share
-GATED = ("calibrated", str(STRICT), "aim", "corrected", "odds + votes", "posterior")
+GATED = ("F1", "F.5", str(STRICT), "aim", "corrected", "odds + votes", "posterior")
 NAMES = ("union", "vote of 1", "vote of 2", "vote of 3",
          *(rule + end for end in ENDS.values() for rule in GATED))
 
@@ -157,7 +157,7 @@ def posteriors(pool, steps=100):
 def by_all_rules(pool, calibrated):
     """Yield (rule, figures of the golden captions that it makes of a pool).
 
-    calibrated: the threshold on which the QA adapter was calibrated.
+    calibrated: {"F1", "F.5": the threshold that has the best one on the QA adapter's questions}.
     """
     statements = statements_of(pool)
     p_yes, votes = ([s[key] for s in statements] for key in ("p_yes", "votes"))
@@ -169,9 +169,9 @@ def by_all_rules(pool, calibrated):
     likely = posteriors(pool)
     for share, end in ENDS.items():
         thresholds = {
-            "calibrated": calibrated, str(STRICT): STRICT,
+            **calibrated, str(STRICT): STRICT,
             "aim": threshold_that_reaches(pool, aim(pool), share),
-            "corrected": corrected(calibrated, share_of_true(p_yes))}
+            "corrected": corrected(calibrated["F1"], share_of_true(p_yes))}
         for rule, least in thresholds.items():
             figures = scores(pool, kept_above(pool, p_yes, least, share))
             yield f"{rule}{end}", {**figures, "threshold": least}

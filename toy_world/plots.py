@@ -11,6 +11,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from toy_world.competence import GATE
+
 BLUE, RED, GREY = "#2563ab", "#c8372d", "#888888"
 
 
@@ -107,6 +109,53 @@ def temperature(result, axes):
     axes.legend(fontsize=8)
 
 
+def competence(result, axes):
+    """F1 against the share of near misses that the QA adapter refuses, a point for each rung."""
+    arms = dict.fromkeys(arm for figures in result["seeds"].values() for arm in figures)
+    rungs = [arm.removeprefix("SFT, ") for arm in arms if arm.startswith("SFT, ")]
+    near_misses = [statistics.fmean(values(result, f"QA adapter, {rung}", "near misses"))
+                   for rung in rungs]
+    xs, rungs = zip(*sorted(zip(near_misses, rungs)))
+    golden, trained = "golden 1 by {}, DPO + CE", "round {}, {}"
+    series = (("SFT", "SFT", "greedy f1", GREY, "-"),
+              ("union of six", golden.format("union"), "f1", GREY, ":"),
+              ("vote of two of six", golden.format("vote of 2"), "f1", RED, ":"),
+              ("gate", golden.format(GATE), "f1", BLUE, ":"),
+              ("CE on votes, round 2", trained.format(2, "CE on votes"), "greedy f1", RED, "-"),
+              ("CE, round 2", trained.format(2, "CE"), "greedy f1", BLUE, "--"),
+              ("DPO + CE, round 1", trained.format(1, "DPO + CE"), "greedy f1", BLUE, "-."),
+              ("DPO + CE, round 2", trained.format(2, "DPO + CE"), "greedy f1", BLUE, "-"))
+    for label, arm, metric, color, style in series:
+        line(axes, result, [f"{arm}, {rung}" for rung in rungs], xs, metric, color=color,
+             linestyle=style, label=label)
+    axes.set_xlabel("share of near misses that the QA adapter refuses")
+    axes.set_ylabel("F1 (captioners: greedy)")
+    axes.legend(fontsize=7)
+
+
+def threshold(result, axes):
+    """From recall to precision along the threshold."""
+    arms = [arm for arm in all_arms(result) if " at " in arm]
+    for of, way, color in (("golden", "", GREY), ("captioner", "greedy ", BLUE),
+                           ("captioner", "sampled ", RED)):
+        points = [(arm.split()[-1],
+                   *(statistics.fmean(values(result, arm, f"{way}{metric}"))
+                     for metric in ("recall", "precision")))
+                  for arm in arms if arm.startswith(of)]
+        axes.plot([x for _, x, _ in points], [y for *_, y in points], "o-", color=color,
+                  label="golden captions" if of == "golden" else f"captioner, {way}".rstrip())
+        for least, x, y in points:
+            axes.annotate(least, (x, y), fontsize=6, textcoords="offset points", xytext=(3, 3))
+    for way, color in (("greedy", BLUE), ("sampled", RED)):
+        x, y = (statistics.fmean(values(result, "SFT", f"{way} {metric}"))
+                for metric in ("recall", "precision"))
+        axes.plot(x, y, "x", color=color, label=f"SFT, {way}")
+    axes.set_xlabel("recall")
+    axes.set_ylabel("precision")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+
+
 PLOTS = {
     "layouts": partial(dots, xlabel="after SFT, at temperature 1", series={
         "detail recall": ("sampled detail_recall", RED, "o"),
@@ -120,6 +169,8 @@ PLOTS = {
     "lottery": trained,
     "rounds": rounds,
     "temperature": temperature,
+    "threshold": threshold,
+    "competence": competence,
     "forgetting": partial(dots, xlabel="the base's own tasks, after SFT", series={
         "dense captions, F1": ("dense f1", BLUE, "s"), "questions": ("questions", GREY, "^"),
         "marks of close-ups": ("close-up marks", RED, "o")},
@@ -156,8 +207,8 @@ def main(argv=None):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    args.out.mkdir(parents=True, exist_ok=True)
     if args.dial:
+        args.out.mkdir(parents=True, exist_ok=True)
         plot_dial(args.dial, pyplot, args.out)
         return 0
     try:
@@ -166,6 +217,7 @@ def main(argv=None):
         print(f"toy_world.plots: {args.results}: cannot be read ({error}); "
               "`python toy.py claims` writes it", file=sys.stderr)
         return 1
+    args.out.mkdir(parents=True, exist_ok=True)
     for name, plot in PLOTS.items():
         if name in results:
             result = results[name]
