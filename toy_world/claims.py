@@ -424,13 +424,12 @@ def main(args):
 def chosen(args):
     """The names of the claims to measure: one, or all about the world of the base."""
     world = worlds.name_of(args.base) if args.base else "easy"
-    names = [name for name, claim in CLAIMS.items() if claim.world == world]
-    if args.only and args.only not in CLAIMS:
-        raise InputError(f"--only {args.only}: want one of {', '.join(CLAIMS)}")
-    if (args.base and world == "easy") or args.only not in (None, *names):
-        raise InputError("--base: want a base of the hard world for claims about it, and none for "
-                         "the others, which are tested on assets/toy")
-    return [args.only] if args.only else names
+    names = [name for name, claim in CLAIMS.items()
+             if claim.world == world and args.only in (None, name)]
+    if not names or (args.base and world == "easy"):
+        raise InputError(f"--only: want one of {', '.join(CLAIMS)}; with --base, a base of the "
+                         "hard world, one about that world, and without it one about the easy")
+    return names
 
 
 def measure_missing(args, name):
@@ -442,7 +441,7 @@ def measure_missing(args, name):
         where = ", ".join(filter(None, (name, part, f"seed {seed}")))
         print(f"{where}: {claim.claim}", file=sys.stderr, flush=True)
         try:
-            lab = Lab(args.out, seed, args.base) if args.base else Lab(args.out, seed)
+            lab = Lab(args.out, seed, *filter(None, [args.base]))
             figures = claim.measure(lab, *filter(None, [part]))
         except InputError as error:
             failures.append(f"{where}: {error}")
