@@ -35,8 +35,7 @@ def add_flags(p):
     p.add_argument("--base", type=Path, help="folder of a base of the hard world: test the claims "
                    "about it; its name, NAME below, tells their runs apart")
     p.add_argument("--out", type=Path, help="folder of the runs; left out, out/claims[-NAME]")
-    p.add_argument("--results", type=Path, help="file of all numbers; left out, "
-                   "results/claims[-NAME].json")
+    p.add_argument("--results", type=Path, help="of all numbers: results/claims[-NAME].json")
     p.add_argument("--only", help=f"one of {', '.join(CLAIMS)}")
     p.add_argument("--table", action="store_true", help="run nothing, print the results so far")
 
@@ -325,8 +324,7 @@ CLAIMS = {
                         competence.competence, competence_reproduces, parts=competence.RUNGS,
                         answers=competence_answers),
     "longtail": Claim("LoRA and full tuning forget what is rare; adapters do not",
-                      longtail.longtail, for_each_seed(longtail.is_forgotten),
-                      world="hard"),
+                      longtail.longtail, for_each_seed(longtail.is_forgotten), world="hard"),
 }
 
 
