@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import toy
+from base import open_base
 from generate import judge
 from plumbing import rules
 from plumbing.errors import InputError
@@ -17,7 +18,8 @@ from plumbing.scoring import score
 from plumbing.tokenizer import Tokenizer
 from toy_world import base as toy_base
 from toy_world import claims, hard, longtail, shapes, world, worlds
-from toy_world.lab import Lab
+from toy_world import lab as lab_module
+from toy_world.lab import TUNE, Lab
 
 SCENES = [hard.make_scene(k) for k in range(1500)]
 TAIL = [hard.make_scene(k, tail=hard.TAIL) for k in range(600)]
@@ -269,8 +271,57 @@ def test_the_scenes_of_a_lab_are_those_of_its_base(hard_base, tmp_path):
     _, truth = lab.split("train", 2, "captions")
     rows = [json.loads(line) for line in truth.read_text().splitlines()]
     assert rows[1]["facts"] == hard.facts(hard.make_scene("train 3 1"))
-    figures = longtail.own_tasks(lab, lab.load(), n=3)
-    assert len(figures) == 6 and all(0 <= share <= 1 for share in figures.values())
+
+
+def test_longtail_tests_what_was_tuned_on_scenes_with_more_rare_words(
+    hard_base, tmp_path, monkeypatch
+):
+    """With stages that change nothing and captions that state all facts."""
+    tuned = []
+
+    def tune(lab, name, tune, lr):
+        tuned.append((lab.seed, tune, lr))
+        return hard_base
+
+    def judge(lab, name, images, truth, *how, seed):
+        if lab.seed != TUNE:
+            assert how == ("--base", hard_base, "--adapters", "none")
+        rows = [json.loads(line) for line in truth.read_text().splitlines()]
+        captions = [
+            {
+                "image": row["image"],
+                "caption": ", ".join(fact["text"] for fact in row["facts"]),
+                "finish": "eos",
+            }
+            for row in rows
+        ]
+        return dict.fromkeys(("greedy", "sampled"), score(captions, rows))
+
+    monkeypatch.setattr(Lab, "tuned", tune)
+    monkeypatch.setattr(Lab, "judge", judge)
+    monkeypatch.setattr(Lab, "load", lambda lab, *folders: open_base(lab.base))
+    for module, name, value in (
+        (longtail, "SCENES", 1),
+        (longtail, "HELD_OUT", 6),
+        (longtail, "LRS", ("1e-3",)),
+        (longtail, "TUNES", ("adapters", "full")),
+        (lab_module, "HELD_OUT", 2),
+    ):
+        monkeypatch.setattr(module, name, value)
+    lab = Lab(tmp_path, 0, hard_base)
+    figures = longtail.longtail(lab)
+    assert tuned == [
+        (seed, tune, "1e-3") for tune in ("adapters", "full") for seed in (TUNE, lab.seed)
+    ]
+    assert set(figures) == {"base", "adapters", "full"}
+    before = figures["base"]
+    for arm in ("adapters", "full"):
+        assert before.items() <= figures[arm].items() and len(before) == 6
+        assert longtail.lost(figures, arm, "common") == longtail.lost(figures, arm, "rare") == 0
+        assert figures[arm]["caption recall, rare"] == figures[arm]["caption recall, common"] == 1
+    (truth,) = (tmp_path / "seed-0/truth").glob("held-out-tail.jsonl")
+    rows = [json.loads(line) for line in truth.read_text().splitlines()]
+    assert rows[5]["facts"] == hard.facts(hard.make_scene("held-out-tail 0 5", tail=hard.TAIL))
 
 
 def of_tunes(**recalls):

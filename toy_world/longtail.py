@@ -16,11 +16,11 @@ FREQUENCIES = ("common", "rare")
 SCENES = 400                            # with dense captions and questions to a model
 
 
-def own_tasks(lab, model, n=SCENES):
+def own_tasks(lab, model):
     """How a model does the tasks of its base on six views: precision and recall of dense captions,
     and the share of right answers, for common and rare facts."""
     world = lab.world
-    scenes = [world.make_scene(f"longtail {lab.seed} {i}", tail=world.TAIL) for i in range(n)]
+    scenes = [world.make_scene(f"longtail {lab.seed} {i}", tail=world.TAIL) for i in range(SCENES)]
     report = base.seen(model, scenes, base.looks_at(model, scenes, world=world), lab.seed, world)
     shares = {"dense precision": report["precision"], "dense recall": report["recall"],
               "questions": report["yes/no"]}
