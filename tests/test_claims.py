@@ -729,7 +729,11 @@ def bench(tmp_path_factory):
             Lab, "split", lambda lab, name, n, *wants: split(lab, name, min(n, 6), *wants)
         )
         patch.setattr(toy_base, "own_tasks", functools.partial(own_tasks, n=4))
-        patch.setattr(toy_base, "measure", lambda model, n, seed: measured(model, min(n, 6), seed))
+        patch.setattr(
+            toy_base,
+            "measure",
+            lambda model, n, seed, *world: measured(model, min(n, 6), seed, *world),
+        )
         patch.setattr(plumbing.weights, "gc", SimpleNamespace(collect=int))
         out = tmp_path_factory.mktemp("claims")
         (out / "ladder").mkdir()

@@ -425,8 +425,8 @@ def chosen(args):
     names = [name for name, claim in CLAIMS.items()
              if claim.world == world and args.only in (None, name)]
     if not names or (args.base and world == "easy"):
-        raise InputError(f"--only: want one of {', '.join(CLAIMS)}; with --base, a base of the "
-                         "hard world, one about that world, and without it one about the easy")
+        raise InputError(f"--only {args.only}: want one of {', '.join(CLAIMS)}; --base, a folder "
+                         "of the hard world, goes with claims about that world, and only these")
     return names
 
 
