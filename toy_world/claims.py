@@ -32,10 +32,9 @@ from toy_world.lab import Lab, both_f1
 
 
 def add_flags(p):
-    p.add_argument("--base", type=Path, help="folder of a base of the hard world: test the claims "
-                   "about it; its name, NAME below, tells their runs apart")
-    p.add_argument("--out", type=Path, help="folder of the runs; left out, out/claims[-NAME]")
-    p.add_argument("--results", type=Path, help="of all numbers: results/claims[-NAME].json")
+    p.add_argument("--base", type=Path, help="folder of a base of the hard world, to test claims on")
+    p.add_argument("--out", type=Path, help="folder of the runs (default: out/claims[-BASE])")
+    p.add_argument("--results", type=Path, help="numbers (default: results/claims[-BASE].json)")
     p.add_argument("--only", help=f"one of {', '.join(CLAIMS)}")
     p.add_argument("--table", action="store_true", help="run nothing, print the results so far")
 
@@ -425,8 +424,9 @@ def chosen(args):
     names = [name for name, claim in CLAIMS.items()
              if claim.world == world and args.only in (None, name)]
     if not names or (args.base and world == "easy"):
-        raise InputError(f"--only {args.only}: want one of {', '.join(CLAIMS)}; --base, a folder "
-                         "of the hard world, goes with claims about that world, and only these")
+        what = f"--only {args.only}" if args.only else f"--base {args.base}"
+        raise InputError(f"{what}: want one of {', '.join(CLAIMS)}; --base, a folder of the hard "
+                         "world, goes with claims about that world, and only with these")
     return names
 
 
