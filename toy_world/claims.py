@@ -32,7 +32,7 @@ from toy_world.lab import Lab, both_f1
 
 
 def add_flags(p):
-    p.add_argument("--base", type=Path, help="folder of a base of the hard world, to test claims on")
+    p.add_argument("--base", type=Path, help="folder of a base of the hard world to test claims on")
     p.add_argument("--out", type=Path, help="folder of the runs (default: out/claims[-BASE])")
     p.add_argument("--results", type=Path, help="numbers (default: results/claims[-BASE].json)")
     p.add_argument("--only", help=f"one of {', '.join(CLAIMS)}")
