@@ -1,5 +1,6 @@
 """runs/: each script from its downloads to its last captions, on toy scenes in the layouts of the released data sets.
-The commands that download are replaced by ones that copy those; every other command is the real one."""
+The commands that download are replaced by ones that copy those, and python and torchrun by ones that start at once
+(quick.py); every other command is the real one."""
 
 import io
 import json
@@ -7,11 +8,13 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import quick
 import stages
 from stages import read_rows, write_rows
 
@@ -57,18 +60,39 @@ cp -r "$RELEASED/gpt4v" "$2"
 }
 
 
-def command(folder, name, text):
+# One rank, as torchrun would start it.
+TORCHRUN = """
+[ "$1 $2" = "--nproc_per_node 1" ]
+RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 exec python "${@:3}"
+"""
+
+
+def command(folder, name, text, log=True):
     path = folder / name
-    path.write_text(
-        f'#!/usr/bin/env bash\nset -euo pipefail\necho "{name} $*" >> "$RELEASED/log"\n{text}'
-    )
+    logged = f'echo "{name} $*" >> "$RELEASED/log"\n' if log else ""
+    path.write_text(f"#!/usr/bin/env bash\nset -euo pipefail\n{logged}{text}")
     path.chmod(0o755)
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The address of a server of quick.py."""
+    address = tmp_path_factory.mktemp("quick") / "server"
+    server = quick.start_server(address)
+    while not address.exists():
+        assert server.poll() is None
+        time.sleep(0.1)
+    yield address
+    server.kill()
+    server.wait()
+
+
 @pytest.fixture
-def desk(tmp_path):
-    """A folder with commands/, which downloads come from, and released/, what they copy."""
+def desk(tmp_path, server):
+    """A folder with commands/, where downloads and python come from, and released/, what downloads copy."""
     (tmp_path / "commands").mkdir()
+    quick.write_client(tmp_path / "commands/python", server)
+    command(tmp_path / "commands", "torchrun", TORCHRUN, log=False)
     (tmp_path / "released/files").mkdir(parents=True)
     for name, text in FAKES.items():
         command(tmp_path / "commands", name, text)
@@ -230,7 +254,7 @@ def captions_of(path, n):
 
 
 def test_source(desk):
-    """On one rank under torchrun. It is stopped once, by a flag that a later stage refuses, and then goes on."""
+    """On one rank. It is stopped once, by a flag that a later stage refuses, and then goes on."""
     release_gpt4v(desk / "released")
     images = {"IMAGES": scenes(desk / "images", 4, 20), "MORE": scenes(desk / "more", 4, 30)}
     variables = {"GPUS": 1, "QA_IMAGES": 6, "TEST": scenes(desk / "test", 2, 40), **images}

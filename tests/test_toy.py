@@ -958,10 +958,10 @@ def test_the_sheet_shows_the_pictures_in_order_and_missing_facts_in_grey(judged)
 
 
 # ---------------------------------------------------------------- without data, and other bases
-def test_the_loop_without_data_needs_images_alone(tmp_path, monkeypatch, capsys):
+def test_the_loop_without_data_needs_images_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    argv = ["--no-data", "--images", "10", "--held-out", "4", "--samples", "2", "--rounds", "2"]
-    assert toy.main([*argv, "--out", "toy"]) == 0
+    run = run_toy(Path("toy"), "--no-data")
+    assert run.code == 0, run.errors
     results = json.loads(Path("toy/results.json").read_text())
     assert list(results) == ["base", "golden1", "round1", "golden2", "round2"]
     made = [
@@ -982,9 +982,9 @@ def test_the_loop_without_data_needs_images_alone(tmp_path, monkeypatch, capsys)
     ]
     assert not list(Path("toy/data").glob("train*"))
     assert set(json.loads(Path("toy/gains.json").read_text())) == {"round1", "round2"}
-    assert "round 1 against base: greedy P" in capsys.readouterr().out
-    assert toy.main([*argv[1:], "--out", "toy"]) == 1
-    assert "another --no-data" in capsys.readouterr().err
+    assert "round 1 against base: greedy P" in run.printed
+    with_data = run_toy(Path("toy"))
+    assert with_data.code == 1 and "another --no-data" in with_data.errors
 
 
 def test_pooled_runs_are_the_mean_and_all_scenes_together(judged, tmp_path, capsys):
