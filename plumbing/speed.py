@@ -47,29 +47,24 @@ def seconds_of(device, run):
 def in_turn(contestants, rounds, device):
     """{name: run}, run() -> the seconds that count, -> {name: figures}.
 
-    A first run of each is warm-up. In a second its memory is taken: "peak" in bytes, and "bytes"
-    above what was in use before. Then they take turns: "rounds", and their median "seconds".
+    After a first run of each, the warm-up, they take turns: the seconds of "rounds", and their
+    median "seconds". Memory is that of the last round: "peak" in bytes, and "bytes" above what was
+    in use before.
     """
-    for run in contestants.values():
-        run()
-    figures = {name: memory_of(run, device) for name, run in contestants.items()}
-    seconds = {name: [] for name in contestants}
-    for _ in range(rounds):
+    figures = {name: {"rounds": []} for name in contestants}
+    for number in range(rounds + 1):
         for name, run in contestants.items():
-            seconds[name].append(run())
-    return {name: {"seconds": statistics.median(seconds[name]), "rounds": seconds[name], **memory}
-            for name, memory in figures.items()}
+            at_rest = reset_peak(device) if number == rounds else 0
+            seconds = run()
+            if number:
+                figures[name]["rounds"].append(seconds)
+            peak = peak_memory(device)
+            figures[name] |= {"peak": peak, "bytes": peak - at_rest}
+    return {name: {**row, "seconds": statistics.median(row["rounds"])}
+            for name, row in figures.items()}
 
 
 # ---------------------------------------------------------------- memory
-def memory_of(run, device):
-    """The most bytes in use during run(), and how many of them above those before it."""
-    at_rest = reset_peak(device)
-    run()
-    peak = peak_memory(device)
-    return {"peak": peak, "bytes": peak - at_rest}
-
-
 def peak_memory(device):
     """The most bytes since reset_peak; on a CPU that cannot reset it, of the process's life."""
     if device.type == "cuda":

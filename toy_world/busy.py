@@ -24,7 +24,7 @@ from toy_world import world
 ROOT = Path(__file__).parent.parent
 TOY = str(ROOT / "assets/toy")
 SLOTS, RANK_SCENES = 16, 2000
-SHORT, LONG, ONE_IN = 40, 200, 10       # tokens of a caption, and of each tenth one
+LONG, ONE_IN = 5, 10    # each tenth caption is five times as long as the others
 
 
 def ignored(*caption):
@@ -37,8 +37,13 @@ def ignored(*caption):
 class Uneven(generate.Batch):
     """A batch of images, by number, whose captions end where they are meant to."""
 
+    @property
+    def short(self):
+        """Tokens of a usual caption."""
+        return self.how.min_tokens // LONG
+
     def tokens_of(self, number):
-        return LONG if number % ONE_IN == 0 else SHORT
+        return self.short * (LONG if number % ONE_IN == 0 else 1)
 
     def step(self):
         ended = super().step()
@@ -53,7 +58,7 @@ class Even(Uneven):
     """As many tokens in all, in captions of one length."""
 
     def tokens_of(self, number):
-        return SHORT + (LONG - SHORT) // ONE_IN
+        return self.short * (ONE_IN - 1 + LONG) // ONE_IN
 
 
 class Waiting(Uneven):
@@ -63,21 +68,23 @@ class Waiting(Uneven):
         """No slot is given up."""
 
 
-def caption_all(model, n_images, kind, at_once):
-    """Caption n images in batches of a kind, so many images handed to each."""
+def caption_all(model, n_images, short, kind, at_once):
+    """Caption n images in batches of a kind, so many images handed to each; a usual caption has
+    `short` tokens."""
     views = model.look([Image.new("RGB", (model.image_size,) * 2)] * 6)
     images = [(k, str(k), views) for k in range(n_images)]
-    how = Sampling(1, LONG + 1, temperature=0.0, min_tokens=LONG + 1)
+    longest = short * LONG
+    how = Sampling(1, longest + 1, temperature=0.0, min_tokens=longest, past_context=True)
     with mock.patch.object(generate, "Batch", kind), mock.patch.object(generate, "loops", ignored):
         for start in range(0, n_images, at_once):
             for _ in stream(model, images[start:start + at_once], SLOTS, how):
                 pass
 
 
-def slots(n_images, device):
+def slots(n_images, short, device):
     """Three ways: slots that are filled again, batches that wait, captions of one length."""
     model = open_base(TOY, device=device)
-    run = functools.partial(caption_all, model, n_images)
+    run = functools.partial(caption_all, model, n_images, short)
     return (functools.partial(run, Uneven, n_images), functools.partial(run, Waiting, SLOTS),
             functools.partial(run, Even, n_images))
 
