@@ -23,9 +23,8 @@ pairs       a DPO step's forward and backward, a chosen and a rejected caption p
 reference   the same step with cached reference log-probs | with the reference run again
 captions    320 images, each tenth caption five times as long as the others: slots that are filled
             again | batches that wait for their longest caption; bare: the same number of tokens in
-            equally long captions. By the toy base. With --only captions also two ranks of
-            caption.py | one, on toy scenes; and with --images how busy decoding these photographs
-            keeps a device that is a sleep of --seconds an image: two processes ahead | in line
+            equally long captions; by the toy base. With --only captions also two ranks of
+            caption.py and one, and with --images what decoding photographs costs a device
 
 --against measures next to other people's code, as plumbing/peers.py describes.
 """
@@ -75,16 +74,19 @@ class Lengths:
     questions: int = 64
     images: int = 320           # of the row captions
     short: int = 40             # tokens of most of its captions
+    question: str = "Is there a {}?"
 
 
-# full has the numbers of Qwen-VL. small keeps their proportions: enough width for products to take
-# most of the time on a CPU, enough layers to repeat them. toy is for tests.
+# full has the numbers of Qwen-VL. small has a quarter of its widths, patches, queries and tokens,
+# so that attention, keys and values have the same share, and an eighth of its layers. toy is for
+# tests.
 SIZES = {
     "full": (Config(), Lengths()),
-    "small": (Config(vocab_size=8192, hidden_size=1024, num_hidden_layers=4,
-                     num_attention_heads=8, intermediate_size=5632,
-                     visual=VisionConfig(image_size=224, width=512, layers=6, heads=4,
-                                         output_dim=1024)), Lengths(decoded=50)),
+    "small": (Config(vocab_size=4748, hidden_size=1024, num_hidden_layers=4,
+                     num_attention_heads=8, intermediate_size=5504, seq_length=512,
+                     visual=VisionConfig(image_size=224, width=416, layers=6, heads=4,
+                                         output_dim=1024, n_queries=64)),
+              Lengths(75, 75, question="{}?")),
     "toy": (Config(vocab_size=576, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
                    kv_channels=32, intermediate_size=704, seq_length=256,
                    visual=VisionConfig(image_size=32, patch_size=8, width=96, layers=2, heads=3,
@@ -97,18 +99,15 @@ def parse_args(argv):
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
     add("--only", nargs="+", choices=tuple(ROWS), metavar="ROW", help="these rows alone")
-    add("--size", choices=tuple(SIZES), help="of a model with random weights (default: full on a "
-        "GPU, small on the CPU)")
+    add("--size", choices=tuple(SIZES), help="random weights (default: full on a GPU, else small)")
     add("--base", help="Hub name or folder of a base with real weights, in place of --size")
     add("--images", type=Path, metavar="DIR", help="photographs for --only captions")
-    add("--seconds", type=arguments.positive, help="of a device for an image of --images "
-        "(default: 0.25)")
+    add("--seconds", type=arguments.positive, help="a device takes for one of them (default: 0.25)")
     add("--rounds", type=arguments.count, default=3, help="timed runs of each side (default: 3)")
     add("--threads", type=arguments.count, default=torch.get_num_threads(), help="of PyTorch")
     arguments.add_device(p)
     add("--against", choices=("trl", "generate"), help="TRL's DPOTrainer, or transformers'")
-    add("--hidden", type=arguments.count, help="width of the language model of --against, a "
-        "multiple of 128 (default: 512)")
+    add("--hidden", type=arguments.count, help="width of its model, 128·n (default: 512)")
     add("--layers", type=arguments.count, help="its layers; the ViT has half as many (default: 8)")
     add("--image-tokens", type=arguments.count, nargs="+", metavar="N",
         help="of the image of --against (default: 400 1200)")
@@ -123,6 +122,8 @@ def parse_args(argv):
         p.error("--size is of random weights, --base has its own; give one of them")
     if args.images and args.only != ["captions"]:
         p.error("--images goes with --only captions")
+    if args.seconds and not args.images:
+        p.error("--seconds goes with --images")
     for name, default in {**OF_AGAINST, "seconds": 0.25}.items():
         vars(args)[name] = vars(args)[name] or default
     return args
@@ -150,13 +151,14 @@ def open_model(args, dtype, device, quantize):
     if args.base:
         return open_base(args.base, dtype, device, quantize=quantize)
     config, _ = SIZES[args.size]
-    tokenizer = Tokenizer(busy.TOY)
+    tokenizer = Tokenizer(busy.TOY)         # a vocabulary of any size may hold its few ids
     config.visual.image_start_id = tokenizer.image_start_id
     with torch.device("meta"):
         model = QwenVL(config, tokenizer)
     if quantize:
         int8.replace(model, [model.transformer.wte, model.lm_head])
     weights.check_fits(model, f"--size {args.size}", dtype, device)
+    model.question_form = "{}"
     return speed.fill_randomly(model, dtype, device).eval()
 
 
@@ -191,25 +193,22 @@ def caption_steps(model, images, n, steps, compiled):
 
 
 @torch.no_grad()
-def decode_calls(model, setup):
-    """The linear layers that a decode step calls, see speed.linear_calls."""
+def decode_calls(model, setup, n=1):
+    """The linear layers that a decode step of n samples calls, see speed.linear_calls."""
     ids = torch.tensor([text_ids(model, 8)], device=setup.device)
-    cache, logits = prefill(model, ids, None, None, 1, 2)
+    cache, logits = prefill(model, ids, None, None, n, 2)
     return speed.linear_calls(model, lambda: decode(model, cache, logits.argmax(-1)))
 
 
 def decode_contest(setup, model, rival_is, rival, compiled=False):
     """A caption's decode steps against a rival's. Its first token comes from the prefill, so there
     is one step fewer."""
-    n, calls = setup.lengths.decoded, decode_calls(model, setup)
+    n = setup.lengths.decoded
+    calls = decode_calls(model, setup) * (n - 1)
     caption = functools.partial(caption_steps, model, setup.images, 1, n, True)
     rival = functools.partial(caption_steps, rival, setup.images, 1, n, compiled)
-    return speed.Contest(rival_is, caption, rival, setup.clocked(speed.Bare(calls, n - 1)),
-                   bytes_read=speed.weight_bytes(calls) * (n - 1))
-
-
-def decode_row(setup):
-    return decode_contest(setup, setup.model, "eager loop", setup.model)
+    return speed.Contest(rival_is, caption, rival, setup.clocked(speed.Bare(calls)),
+                         bytes_read=speed.weight_bytes(calls))
 
 
 def int8_row(setup):
@@ -227,8 +226,8 @@ def prefill_row(setup):
     ours = torch.no_grad()(functools.partial(prefill, model, ids, None, None, 1, 1))
     plain = torch.no_grad()(functools.partial(model, ids))
     return speed.Contest("logits everywhere", setup.clocked(ours), setup.clocked(plain),
-                   setup.clocked(speed.Bare(speed.linear_calls(model, ours))),
-                   operations=speed.operations_of(ours))
+                         setup.clocked(speed.Bare(speed.linear_calls(model, ours))),
+                         operations=speed.operations_of(ours))
 
 
 @torch.no_grad()
@@ -247,9 +246,9 @@ def vit_row(setup):
     one_by_one = [model.look([picture]) for picture in setup.pictures]
     ours = functools.partial(see, model, [setup.images])
     return speed.Contest("one view at a time", setup.clocked(ours),
-                   setup.clocked(see, model, one_by_one),
-                   setup.clocked(speed.Bare(speed.linear_calls(model, ours))),
-                   operations=speed.operations_of(ours))
+                         setup.clocked(see, model, one_by_one),
+                         setup.clocked(speed.Bare(speed.linear_calls(model, ours))),
+                         operations=speed.operations_of(ours))
 
 
 # ---------------------------------------------------------------- rows of many continuations
@@ -260,20 +259,23 @@ def samples_row(setup):
     ids = torch.tensor([model.caption_prompt(setup.images)], device=setup.device)
     views = data.together([setup.images])
     first = torch.no_grad()(functools.partial(prefill, model, ids, views, None, 1, 1))
+    then = decode_calls(model, setup, N_SAMPLES) * (steps - 1)
     return speed.Contest("one after the other", setup.clocked(write, N_SAMPLES),
-                   setup.clocked(lambda: [write(1) for _ in range(N_SAMPLES)]),
-                   bytes_read=speed.weight_bytes(decode_calls(model, setup)) * (steps - 1),
-                   operations=speed.operations_of(first))
+                         setup.clocked(lambda: [write(1) for _ in range(N_SAMPLES)]),
+                         setup.clocked(speed.Bare(speed.linear_calls(model, first) + then)),
+                         speed.weight_bytes(then), speed.operations_of(first))
 
 
 def questions_row(setup):
     nouns = [f"{color} {shape}" for color in world.COLORS for shape in world.SHAPES]
-    n, places = setup.lengths.questions, list(world.PLACES)
-    texts = [f"Is there a {nouns[k % len(nouns)]} in the {places[k % 4]}?" for k in range(n)]
+    texts = [setup.lengths.question.format(nouns[k % len(nouns)])
+             for k in range(setup.lengths.questions)]
     ask = functools.partial(yes_probability, setup.model, setup.images)
-    return speed.Contest("one after the other", setup.clocked(ask, texts),
-                   setup.clocked(lambda: [ask([text]) for text in texts]),
-                   operations=speed.operations_of(functools.partial(ask, texts)))
+    ours = functools.partial(ask, texts)
+    return speed.Contest("one after the other", setup.clocked(ours),
+                         setup.clocked(lambda: [ask([text]) for text in texts]),
+                         setup.clocked(speed.Bare(speed.linear_calls(setup.model, ours))),
+                         operations=speed.operations_of(ours))
 
 
 # ---------------------------------------------------------------- rows of training
@@ -338,7 +340,8 @@ def captions_row(setup):
     return speed.Contest("batches that wait", *map(setup.clocked, (ours, rival, bare)))
 
 
-ROWS = {"decode": decode_row, "int8": int8_row, "prefill": prefill_row, "vit": vit_row,
+ROWS = {"decode": lambda setup: decode_contest(setup, setup.model, "eager loop", setup.model),
+        "int8": int8_row, "prefill": prefill_row, "vit": vit_row,
         "samples": samples_row, "questions": questions_row,
         "pairs": functools.partial(training_row, rival_is="two rows", n_rows=2, cached=True),
         "reference": functools.partial(training_row, rival_is="reference run again", n_rows=1,
@@ -354,9 +357,8 @@ def table(args):
     limits = speed.copy_bandwidth(setup.device), speed.matrix_rate(setup.device, setup.dtype)
     print(f"{args.base or args.size}: {numbers / 1e6:.0f} M parameters, {args.quantize or ''} "
           f"{setup.dtype}, {setup.device}, {args.threads} threads; a prompt of "
-          f"{len(setup.model.caption_prompt(setup.images))} tokens\n"
-          f"copy {limits[0] / 1e9:.1f} GB/s, matrix product {limits[1] / 1e12:.3f} TFLOP/s\n")
-    print(speed.heading(), flush=True)
+          f"{len(setup.model.caption_prompt(setup.images))} tokens")
+    print(speed.heading(limits), flush=True)
     rows, targets = {}, TARGETS[setup.device.type]
     for name in ROWS:
         if name not in (args.only or ROWS):

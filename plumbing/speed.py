@@ -135,10 +135,8 @@ def linear_calls(model, run):
 
 
 def weight_bytes(calls):
-    """Bytes of the weights of linear_calls, each layer's once."""
-    layers = {layer for layer, _ in calls}
-    tensors = [t for layer in layers for t in (layer.weight, *int8_scale(layer))]
-    return sum(t.nbytes for t in tensors)
+    """Bytes of the weights that linear_calls read, again in each call."""
+    return sum(t.nbytes for layer, _ in calls for t in (layer.weight, *int8_scale(layer)))
 
 
 def int8_scale(layer):
@@ -148,8 +146,8 @@ def int8_scale(layer):
 class Bare:
     """The products of linear_calls and nothing else, each on rows of random numbers."""
 
-    def __init__(self, calls, times=1):
-        self.calls, self.times, self.inputs = calls, times, {}
+    def __init__(self, calls):
+        self.calls, self.inputs = calls, {}
         for layer, rows in calls:
             dtype, device = int8.dtype_of(layer), layer.weight.device
             shape = rows, layer.in_features
@@ -158,13 +156,12 @@ class Bare:
 
     @torch.no_grad()
     def __call__(self):
-        for _ in range(self.times):
-            for layer, rows in self.calls:
-                x = self.inputs[rows, layer.in_features]
-                if int8.is_int8(layer):
-                    int8.product(x, layer.weight, layer.scale)
-                else:
-                    F.linear(x, layer.weight)
+        for layer, rows in self.calls:
+            x = self.inputs[rows, layer.in_features]
+            if int8.is_int8(layer):
+                int8.product(x, layer.weight, layer.scale)
+            else:
+                F.linear(x, layer.weight)
 
 
 # ---------------------------------------------------------------- random weights
@@ -222,10 +219,12 @@ def held(contest, rounds, device, limits):
     return {**row, **(contest.facts or {}), "rounds": rounds}
 
 
-def heading():
-    """The first two lines of the table, in Markdown."""
+def heading(limits):
+    """The limits of the device, and the first two lines of the table, in Markdown."""
+    bandwidth, rate = limits
+    text = f"copy {bandwidth / 1e9:.1f} GB/s, matrix product {rate / 1e12:.3f} TFLOP/s\n\n"
     cells = [name.ljust(width) for name, width in COLUMNS.items()]
-    return line_of(cells) + "\n" + line_of("-" * width for width in COLUMNS.values())
+    return text + line_of(cells) + "\n" + line_of("-" * width for width in COLUMNS.values())
 
 
 def line_of(cells):
@@ -237,6 +236,8 @@ def line(name, row, target):
     def number(key, form):
         return format(row[key], form) if key in row else "–"
 
+    if "logits_megabytes" in row:
+        target += f" ({row['peak_gib']:.1f} GiB, logits {row['logits_megabytes']:.1f} MB)"
     cells = [name, row["rival"], number("seconds", ".3f"), number("rival_seconds", ".3f"),
              number("times", ".2f"), number("bare_seconds", ".3f"), number("of_bare", ".0%"),
              number("floor_seconds", ".3f"), number("of_floor", ".0%"),
