@@ -34,19 +34,11 @@ from tqdm import tqdm
 import adapters
 from base import open_base
 from chunking import LAYOUTS, crops
-from generate import (
-    MOST_AT_ONCE,
-    Sampling,
-    images_at_once,
-    judge,
-    room_left,
-    stream,
-    yes_probability,
-)
+from generate import Sampling, compiles, judge, stream, yes_probability
 from plumbing import arguments, data, inputs, jobs, outputs, reports, rules, workers
 from plumbing.errors import InputError, explained, printable
 from plumbing.images import open_image
-from plumbing.slots import timed
+from plumbing.slots import MOST_AT_ONCE, images_at_once, room_left, timed
 from plumbing.tally import Tally
 from plumbing.texts import on_one_line, tidy, trimmed
 
@@ -94,6 +86,7 @@ def add_model_flags(group):
     add("--dtype", choices=tuple(arguments.DTYPES),
         help="of the weights (default: bfloat16 on a GPU, float32 on the CPU)")
     arguments.add_quantize(group)
+    arguments.add_compile(group)
 
 
 def add_caption_flags(group):
@@ -242,9 +235,10 @@ class Captioner:
         decoded = data.ahead(items, see, self.args.workers, self.slots)
         images = (((item, seen), item.name, seen if isinstance(seen, InputError) else seen[0])
                   for batch in decoded for item, seen in batch)
+        compiled = compiles(self.model, self.args.compile, len(items))
         with adapters.active(self.model, self.captioning):
             for (item, seen), results in stream(self.model, images, self.slots, self.how,
-                                                self.clock):
+                                                self.clock, compiled):
                 yield item, seen, results
 
     def rows(self, items, **how):

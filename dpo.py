@@ -35,10 +35,11 @@ from tqdm import tqdm
 import adapters
 from base import open_base
 from chunking import LAYOUTS, seen_by
-from generate import room_left, sample
+from generate import sample
 from plumbing import arguments, data, scoring, train
 from plumbing.errors import InputError
 from plumbing.parts import PADDING
+from plumbing.slots import room_left
 
 LOSSES = ("dpo", "hinge", "ipo", "kto", "none")
 FIGURES = ("preference_loss", "nll_loss", "rewards/chosen", "rewards/rejected", "rewards/margins",

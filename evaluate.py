@@ -1,13 +1,17 @@
-"""Captions against known truth: what they get right, what they leave out and what they invent.
+"""Captions against known truth, or a judge: what they get right, leave out and invent.
 
 READS   captions (JSONL of {"image", "caption", "finish", "tokens"} or {"image", "error"}, one or
-        more rows per image) or a golden file; the truth about the images, or COCO's annotations
-        and a file of synonyms
-WRITES  a table to stdout; with --json, all figures to a file
+        more rows per image) or a golden file; the truth about the images, COCO's annotations
+        and a file of synonyms, CAPEval's checklist, or CaptionQA's questions
+WRITES  a table to stdout; with --json, all figures to a file; the verdicts of a judge
 
     python evaluate.py captions.jsonl truth.jsonl
     python evaluate.py out/golden/record.jsonl truth.jsonl --json out/golden.json
     python evaluate.py captions.jsonl --coco instances.json --synonyms synonyms.txt
+    python evaluate.py captions.jsonl --checklist capeval/checklist.jsonl \
+                       --tool hf:Qwen/Qwen2.5-7B-Instruct
+    python evaluate.py captions.jsonl --captionqa questions.jsonl \
+                       --tool http://localhost:8000/v1 --tool-model NAME
 
 For a golden file the table has a column each for the samples, the combined and the golden captions,
 and a line about the gate. plumbing/scoring.py defines a row of truth and every figure but CHAIR
@@ -21,8 +25,11 @@ Decided differently from the paper: a category counts once per caption, where pu
 count every mention; and only the annotations say what is in an image, where the paper adds the
 objects of reference captions. The longest phrase counts, so that the synonyms can keep a
 "baby bird" from counting as a baby.
+
+A checklist and multiple-choice questions are answered by a judge, the tool LLM, which sees a
+caption and no image. plumbing/capeval.py and plumbing/captionqa.py define what it is asked, and the
+figures. Its verdicts are kept beside the captions, so that the same command asks nothing twice.
 """
-import argparse
 import json
 import math
 import os
@@ -32,27 +39,57 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from plumbing import data, files
+import torch
+
+import tool_llm
+from plumbing import arguments, capeval, captionqa, data, files
 from plumbing.arguments import count_or_none
 from plumbing.errors import InputError
 from plumbing.scoring import normal, pooled, ratio, score, score_golden, tally
+from plumbing.verdicts import Verdicts, ask_judge, judged_figures, table, unanswered
+from plumbing.weights import usable_device
 
 
 def parse_args(argv):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p = arguments.parser(__doc__)
     p.add_argument("captions", help="JSONL of captions, or a golden file")
     p.add_argument("truth", nargs="?", help="JSONL of the truth about the images")
     p.add_argument("--coco", help="COCO instances JSON, in place of a truth file")
     p.add_argument("--synonyms", help="with --coco: a file with one category per line, "
                                       "`name: word, word` or `name, word, word`")
+    p.add_argument("--checklist", help="CAPEval's checklist.jsonl, in place of a truth file")
+    p.add_argument("--captionqa", help="JSONL of multiple-choice questions, in place of a truth "
+                                       "file")
     p.add_argument("--json", metavar="OUT", help="file to write all figures to")
     p.add_argument("--bootstrap", type=count_or_none, default=1000,
-                   help="resamples for the intervals (default: 1000; 0: no intervals)")
-    p.add_argument("--seed", type=count_or_none, default=0, help="of the bootstrap (default: 0)")
+                   help="resamples for the intervals; 0: no intervals")
+    p.add_argument("--seed", type=count_or_none, default=0, help="of the bootstrap")
+    g = p.add_argument_group("judge, which is the tool LLM")
+    g.add_argument("--verdicts", type=Path, help="JSONL that its verdicts are appended to; left "
+                   "out, CAPTIONS with the ending .verdicts.jsonl")
+    g.add_argument("--submission", type=Path, help="file to write the captions to, in the form "
+                   "that CAPEval's or CaptionQA's own code reads")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cpu or cuda, for --tool hf:")
+    tool_llm.add_flags(p)
     args = p.parse_args(argv)
-    if bool(args.truth) == bool(args.coco) or bool(args.coco) != bool(args.synonyms):
-        p.error("give a truth file, or --coco with --synonyms")
+    check_args(p, args)
     return args
+
+
+def check_args(p, args):
+    """argparse's one-line error for arguments that do not go together."""
+    of_judge = args.checklist or args.captionqa
+    sources = args.truth, args.coco, args.checklist, args.captionqa
+    if sum(map(bool, sources)) != 1 or bool(args.coco) != bool(args.synonyms):
+        p.error("give a truth file, --coco with --synonyms, --checklist, or --captionqa")
+    if not of_judge and (args.verdicts or args.submission or args.tool != "shorthand"):
+        p.error("--verdicts, --submission and --tool go with --checklist or --captionqa")
+    tool_llm.check_flags(p, args)
+    args.verdicts = args.verdicts or Path(args.captions).with_suffix(".verdicts.jsonl")
+    if of_judge and args.verdicts.resolve() in {Path(args.captions).resolve(),
+                                                Path(of_judge).resolve()}:
+        p.error(f"--verdicts {args.verdicts} is an input; give another file")
 
 
 # ---------------------------------------------------------------- CHAIR
@@ -260,14 +297,63 @@ def match(rows, path, names, truth):
     return [{**row, "image": matched.get(row["image"])} for row in rows]
 
 
+# ---------------------------------------------------------------- the judge
+def read_items(path, benchmark):
+    """{image: [item]} of a benchmark's file; what cannot be used is reported."""
+    items, bad = {}, []
+    for where, row in data.read_jsonl(path):
+        image, usable, reasons = benchmark.items_of(row or {})
+        if usable:
+            items.setdefault(image, []).extend(usable)
+        bad += [(where, reason) for reason in reasons]
+    items, bad = data.need_rows(path, items, bad)
+    data.report_bad("evaluate.py", bad)
+    return items
+
+
+def write_submission(args, rows, items, benchmark):
+    """Write the captions of a benchmark's images in the form that its own code reads."""
+    usable = [row for row in rows if row["image"] in items and (row.get("caption") or "").strip()]
+    captions = {row["image"]: row["caption"] for row in usable}
+    if len(captions) < len(usable):
+        raise InputError(f"{args.captions}: has several captions of an image, and a submission "
+                         "has one of each; leave out --submission, or keep one caption per image")
+    files.write_json(args.submission, benchmark.submission(captions, items))
+
+
+def judge(args, rows):
+    """The figures of captions by the verdicts of the tool LLM on a checklist or on questions."""
+    benchmark, path = (capeval, args.checklist) if args.checklist else (captionqa, args.captionqa)
+    items = read_items(path, benchmark)
+    rows = match(rows, args.captions, list(items), path)
+    if args.submission:
+        write_submission(args, rows, items, benchmark)
+    operation = tool_llm.Operation(benchmark.NAME, benchmark.prompt, benchmark.read, benchmark.rule)
+    verdicts = Verdicts(args.verdicts, tool_llm.tool_name(args), benchmark)
+    captioned = [row for row in rows if row["image"] and row.get("caption") is not None]
+    errors = []
+    if any(unanswered(captioned, items, verdicts)):     # otherwise no model need be opened
+        tool = tool_llm.open_tool(args, usable_device(args.device))
+        errors = ask_judge(tool, operation, captioned, items, verdicts)
+    figures = judged_figures(rows, items, verdicts, args.bootstrap, args.seed)
+    if unreadable := figures["figures"]["all"]["unreadable"]:
+        reason = f" ({errors[-1]})" if errors else ""
+        print(f"evaluate.py: items without a verdict: {unreadable}{reason}; the same command asks "
+              "for them again", file=sys.stderr)
+    return {"benchmark": benchmark.NAME, "judge": verdicts.judge, **figures}
+
+
 # ---------------------------------------------------------------- main
-def judge(args):
+def scores_of(args):
     """The figures that the arguments ask for."""
     rows = read(args.captions, caption_fault)
     golden = any(map(is_golden, rows))
+    if golden and not args.truth:
+        flag = "--coco" if args.coco else "--checklist" if args.checklist else "--captionqa"
+        raise InputError(f"{args.captions}: is a golden file; {flag} needs captions")
+    if args.checklist or args.captionqa:
+        return judge(args, rows)
     if args.coco:
-        if golden:
-            raise InputError(f"{args.captions}: is a golden file; --coco needs captions")
         objects, categories = read_coco(args.coco)
         synonyms = read_synonyms(args.synonyms, categories)
         rows = match(rows, args.captions, list(objects), args.coco)
@@ -317,14 +403,16 @@ def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):      # names of files and kinds may hold odd bytes
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        figures = judge(args)
-        if "gate" in figures:
+        figures = scores_of(args)
+        if "judge" in figures:
+            print("\n".join(table(figures)))
+        elif "gate" in figures:
             show({name: figures[name] for name in ("sample", "combined", "golden")})
             print("gate: " + ", ".join(f"{name} {text}" for name, text in cells(figures["gate"])))
         else:
             show({args.captions: figures})
         if args.json:
-            files.write_json(args.json, {**figures, "arguments": vars(args)})
+            files.write_json(args.json, {**figures, "arguments": arguments.as_json(args)})
     except InputError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 1
@@ -332,8 +420,11 @@ def main(argv=None):
         print(f"evaluate.py: {error.filename or 'stdout'}: cannot be used ({error.strerror})",
               file=sys.stderr)
         return 1
-    return 0
+    return 1 if "judge" in figures and figures["figures"]["all"]["unreadable"] else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -2,10 +2,13 @@
 
 The prefix (six views are 1548 tokens) is computed and kept once per image. Each sample adds a short
 tail to the key/value cache, and a decode step attends to both; questions are packed behind the
-prefix in one forward. The random numbers of a sample depend on (seed, image name, sample index)
-alone, so neither the batch nor the number of cards changes them.
+prefix in one forward. A step draws its tokens on the device and has the same shape at every token,
+so that it can be compiled once and repeated without the host (`next_tokens`). The random numbers of
+a sample depend on (seed, image name, sample index) alone, so neither the batch nor the number of
+cards changes them.
 """
 import contextlib
+import functools
 import hashlib
 import json
 from collections import Counter, defaultdict
@@ -17,15 +20,13 @@ import torch
 
 from chunking import seen_by
 from plumbing import data, files
+from plumbing.compiled import WORTH_COMPILING, Compiled
 from plumbing.errors import InputError
 from plumbing.positions import ntk_alpha
-from plumbing.slots import Slots, timed
-from plumbing.texts import loops
+from plumbing.slots import Slots, room_left, timed
 from plumbing.tokenizer import yes_and_no
-from plumbing.weights import enough_memory, free_bytes
+from plumbing.weights import enough_memory
 
-LONGEST = 2048          # tokens of a caption where no limit is given and the context is longer
-MOST_AT_ONCE = 16       # images in a batch, even where memory allows more
 MAX_PACKED = 8192       # tokens of one packed row of questions; its mask takes the square in bytes
 
 
@@ -40,9 +41,33 @@ def prefill(model, ids, images, mask, samples, room):
 
 def decode(model, cache, tokens):
     """Append one token (B,) to each sample -> the logits (B, vocab) of the next."""
+    cache.reach()
     logits = model(tokens[:, None], cache=cache)[:, 0]
+    cache.now.add_(1).clamp_(max=cache.room)
     cache.used += 1
     return logits
+
+
+def next_tokens(model, cache, rows, how, is_end):
+    """The next token of every sample: decode the last one, and draw. The step that is compiled.
+
+    rows: "tokens" and "u", both (I·n, room + 1), a token and a random number for each moment. All
+    of it happens on the device, in tensors that keep their place, and the host waits for nothing.
+    """
+    last = rows["tokens"].gather(1, cache.now.repeat_interleave(how.n)[:, None])    # (I·n, 1)
+    logits = model(last, cache=cache)[:, 0]                                   # (I·n, vocab)
+    cache.now.add_(1).clamp_(max=cache.room)
+    draw(logits, cache, rows, how, is_end)
+
+
+def draw(logits, cache, rows, how, is_end):
+    """Put the token of the moment cache.now in its place."""
+    now = cache.now.repeat_interleave(how.n)[:, None]                         # (I·n, 1)
+    if how.min_tokens:
+        logits = logits.masked_fill((now < how.min_tokens) & is_end, float("-inf"))
+    u = rows["u"].gather(1, now)[:, 0]
+    tokens = choose(logits, u, how.temperature, how.top_p)                    # (I·n,)
+    rows["tokens"].scatter_(1, now, tokens[:, None])
 
 
 @contextlib.contextmanager
@@ -57,6 +82,25 @@ def evaluating(model):
     finally:
         if was_training:
             model.train()
+
+
+def compiles(model, wanted, n_images):
+    """Whether decode steps are to be compiled: as wanted, or None: on a GPU, if it is worth it.
+
+    InputError for a base whose layers have a state, and therefore a cache that grows.
+    """
+    if wanted and not model.packs:
+        raise InputError(f"--compile: {model.base} has layers with a state, whose steps have no "
+                         "fixed shape; leave it out")
+    if wanted is None:
+        wanted = model.device.type == "cuda" and n_images >= WORTH_COMPILING
+    return wanted and model.packs
+
+
+@functools.cache
+def compiled_step(device):
+    """`next_tokens`, compiled when it first runs."""
+    return Compiled(next_tokens, device)
 
 
 # ---------------------------------------------------------------- greedy
@@ -115,32 +159,6 @@ def choose(logits, u, temperature, top_p):
     return at.clamp(max=p.shape[-1] - 1)[:, 0]
 
 
-def room_left(model, images, max_new_tokens=None, past_context=False):
-    """How many tokens a caption may have: max_new_tokens, and unless past_context no more than the
-    trained context has left. InputError where the prompt alone fills the context.
-
-    images: what `look` gave for an image, or how many views there are.
-    """
-    prefix = len(model.caption_prompt(images))
-    left = model.seq_length - prefix
-    if past_context and max_new_tokens is not None:
-        return max_new_tokens
-    if left < 1:
-        raise InputError(f"the prompt is {prefix} tokens, the context {model.seq_length}; take "
-                         "fewer views (--views one)")
-    return min(left, LONGEST if max_new_tokens is None else max_new_tokens)
-
-
-def images_at_once(model, n_views, samples, room):
-    """How many images, with `samples` tails of `room` tokens each, fit in half the free memory."""
-    free = free_bytes(model.device)
-    if free is None:
-        return MOST_AT_ONCE
-    prefixes = 1 if model.packs else samples
-    tokens = prefixes * len(model.caption_prompt(n_views)) + samples * room
-    return max(1, min(MOST_AT_ONCE, int(free / 2 / (model.cache_bytes * tokens))))
-
-
 @dataclass
 class Sampling:
     """How captions are drawn. The captions of an image depend on these, its name and its views."""
@@ -159,41 +177,44 @@ class Sampling:
 
 
 def sample(model, views, names, n=1, max_new_tokens=None, temperature=1.0, top_p=1.0, seed=0,
-           past_context=False):
+           past_context=False, compiled=False):
     """n captions for each image -> a list per image of n results {"caption", "finish", "tokens"}.
 
     views (I): what the model's `look` gave for each image; names (I): what the images are called,
     for their random numbers. caption is the raw text as the model wrote it, leading space and any
     loop included; finish says why it ended: "eos" (an end token), "length", or "repeat" (the same
-    statement again and again); tokens counts the caption's tokens without the end token.
+    statement again and again); tokens counts the caption's tokens without the end token. compiled:
+    as in `stream`.
     """
     how = Sampling(n, max_new_tokens, temperature, top_p, seed, past_context)
     if len(names) != len(views):
         raise ValueError(f"want {len(views)} names")
     images = zip(range(len(views)), names, views)
-    results = dict(stream(model, images, max(len(views), 1), how))
+    results = dict(stream(model, images, max(len(views), 1), how, compiled=compiled))
     if errors := [error for error in results.values() if isinstance(error, InputError)]:
         raise errors[0]
     return [results[i] for i in range(len(views))]
 
 
-def stream(model, images, slots, how, clock=None):
+def stream(model, images, slots, how, clock=None, compiled=False):
     """Yield (item, its n results) as soon as the captions of an image end, so in no fixed order.
 
     images: iterable of (item, name, views). Where views is an InputError, it is yielded in place of
     results. Up to `slots` images are in work: when the captions of some have ended, waiting images
     take their slots while the others continue. Only images whose prompts are equally long can share
     a batch; one of another length waits for the batch to run empty. clock: a Counter that gets the
-    seconds spent on "wait" (for images), "prefill" and "decode".
+    seconds spent on "wait" (for images), "prefill" and "decode". compiled: one step of fixed shape,
+    compiled when it first runs, serves all tokens; see `compiles`.
     """
     images, waiting = iter(images), []
-    batch = Batch(model, slots, how, Counter() if clock is None else clock)
+    batch = Batch(model, slots, how, Counter() if clock is None else clock, compiled)
     while True:
         while images and batch.wants_more(waiting):
             with timed(batch.clock, "wait"):
                 image = next(images, None)
             if image is None:
                 images = None
+                batch.expect(len(waiting))
             elif isinstance(image[2], InputError):
                 yield image[0], image[2]
             else:
@@ -210,12 +231,17 @@ def stream(model, images, slots, how, clock=None):
 class Batch(Slots):
     """A running batch: plumbing/slots.py keeps the slots, and this is what happens in them."""
 
-    def __init__(self, model, slots, how, clock):
-        super().__init__(model, slots, how.n, clock)
+    def __init__(self, model, slots, how, clock, compiled=False):
+        super().__init__(model, slots, how.n, clock, compiled)
         self.how, self.works = how, False
+        self.next_tokens = compiled_step(model.device) if compiled else next_tokens
+        vocab_size = len(model.output_layer.weight)
+        self.is_end = torch.zeros(vocab_size, dtype=torch.bool, device=model.device)
+        self.is_end[list(model.tokenizer.ends)] = True
 
     def begin(self, names, views, prompts):
-        """Prefill equally long prompts -> their cache, of every row {"logits", "u"}, and errors.
+        """Prefill equally long prompts and draw the first tokens -> their cache and rows (see
+        `next_tokens`), and for each an InputError or None.
 
         A picture whose logits are not finite is an error, unless no picture ever was better.
         """
@@ -231,59 +257,33 @@ class Batch(Slots):
         self.works = self.works or not all(errors)
         if not self.works:
             raise broken
-        u = [uniforms(how.seed, name, k, self.room) for name in names for k in range(how.n)]
-        return cache, {"logits": logits, "u": torch.tensor(np.array(u), device=device)}, errors
+        u = [uniforms(how.seed, name, k, self.room + 1) for name in names for k in range(how.n)]
+        rows = {"u": torch.tensor(np.array(u), device=device)}
+        rows["tokens"] = torch.zeros(rows["u"].shape, dtype=torch.long, device=device)
+        draw(logits, cache, rows, how, self.is_end)
+        return cache, rows, errors
 
     def step(self):
-        """Append a token to every caption -> [(item, results)] of the images that ended by it."""
-        tokenizer, ended = self.model.tokenizer, []
-        tokens = self.draw()                                                  # (I·n,)
-        for i, row in enumerate(tokens.view(-1, self.n).tolist()):
-            member = self.members[i]
-            if member and member.error:
-                ended.append((member.item, member.error))
-                self.members[i] = None
-            elif member and all([append(member, k, token, tokenizer, self.room)
-                               for k, token in enumerate(row)]):
-                ended.append((member.item, results(member, tokenizer)))
-                self.members[i] = None
+        """Append a token to every caption -> [(item, results)] of images seen to have ended."""
+        ended = self.results_of(self.look())
         if not self.is_empty:
+            self.cache.reach()
             with evaluating(self.model):
-                self.rows["logits"] = decode(self.model, self.cache, tokens)
-            self.cache.used[self.idle] = 0      # their tokens overwrite each other
+                self.next_tokens(self.model, self.cache, self.rows, self.how, self.is_end)
+            self.cache.used += 1
+            self.cache.used[self.idle] = 0          # so that nothing more is read for their sake
         return ended
 
-    def draw(self):
-        """The next token of every row, each with the random number of its own step."""
-        how, logits = self.how, self.rows["logits"]
-        t = self.cache.used.repeat_interleave(how.n).to(logits.device)        # (I·n,)
-        if how.min_tokens:
-            is_end = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-            is_end[list(self.model.tokenizer.ends)] = True
-            too_early = (t < how.min_tokens)[:, None] & is_end
-            logits = logits.masked_fill(too_early, float("-inf"))
-        u = self.rows["u"].gather(1, t[:, None])[:, 0]
-        return choose(logits, u, how.temperature, how.top_p)
-
-
-def append(member, k, token, tokenizer, room):
-    """Append a token to the k-th caption of a member unless that has ended -> whether it has."""
-    caption = member.captions[k]
-    if member.finish[k] is None:
-        if token in tokenizer.ends:
-            member.finish[k] = "eos"
-            return True
-        caption.append(token)
-        if loops(caption, tokenizer.plain_text):
-            member.finish[k] = "repeat"
-        elif len(caption) == room:
-            member.finish[k] = "length"
-    return member.finish[k] is not None
-
-
-def results(member, tokenizer):
-    return [{"caption": tokenizer.plain_text(caption), "finish": reason, "tokens": len(caption)}
-            for caption, reason in zip(member.captions, member.finish)]
+    def results_of(self, glimpse):
+        """What members have written up to a glimpse -> [(item, results)] of those that ended."""
+        ended = []
+        for i, member, rows in glimpse:             # rows: n lists of tokens
+            for k, tokens in enumerate(rows):
+                member.append(k, tokens, self.model.tokenizer, self.room)
+            if member.has_ended:
+                ended.append((member.item, member.error or member.results(self.model.tokenizer)))
+                self.members[i] = None
+        return ended
 
 
 # ---------------------------------------------------------------- questions

@@ -39,20 +39,13 @@ import adapters
 import tool_llm
 from base import open_base
 from chunking import LAYOUTS, seen_by
-from generate import (
-    Sampling,
-    calibrated,
-    images_at_once,
-    judge,
-    room_left,
-    stream,
-    yes_probability,
-)
+from generate import Sampling, calibrated, compiles, judge, stream, yes_probability
 from plumbing import arguments, data, rules, shards, train, weights
 from plumbing.errors import InputError
 from plumbing.images import find_images
 from plumbing.page import write_page
 from plumbing.records import summary, write_records
+from plumbing.slots import images_at_once, room_left
 from plumbing.texts import trimmed
 
 PASSES = ("sample", "combine", "verify", "compose")
@@ -96,6 +89,7 @@ def parse_args(argv):
     add("--workers", type=arguments.count_or_none, default=arguments.DECODERS,
         help="processes per rank that decode images; left out, 2 with a GPU, else 0")
     arguments.add_device(p)
+    arguments.add_compile(p)
     arguments.add_caption_prompt(p)
     tool_llm.add_flags(p)
     args = p.parse_args(argv)
@@ -135,7 +129,8 @@ def sample_rows(args, model, boxes, images):
     see = partial(look, model, args.images, boxes)
     decoded = data.ahead(images, see, args.workers, at_once)
     named = ((image, image, seen) for batch in decoded for image, seen in batch)
-    for image, samples in stream(model, named, at_once, how):
+    compiled = compiles(model, args.compile, len(images))
+    for image, samples in stream(model, named, at_once, how, compiled=compiled):
         if isinstance(samples, InputError):
             yield {"image": image, "error": str(samples)}
         else:

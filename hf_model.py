@@ -21,7 +21,6 @@ import os
 import torch
 from PIL import Image
 from torch import nn
-from transformers import DynamicCache
 
 from plumbing import branches, hub, int8, weights
 from plumbing.errors import InputError
@@ -96,7 +95,7 @@ class HFModel(Adaptable):
         vocab = hf.get_output_embeddings().weight.shape[0]
         never = self.tokenizer.reserved - self.tokenizer.ends
         never |= set(range(len(self.tokenizer.fast), vocab))
-        self.never = sorted(i for i in never if i < vocab)
+        self.never = torch.tensor(sorted(i for i in never if i < vocab), device=hf.device)
 
     @classmethod
     def from_pretrained(cls, name, dtype=None, device="cpu", weights_too=True, quantize=None):
@@ -194,9 +193,7 @@ class HFModel(Adaptable):
 
     def cache(self, samples, room):
         """For forward: the cache of `samples` continuations of each prefix, of up to `room`."""
-        # without a configuration nothing is dropped behind a sliding window; the mask sees to that
-        past = DynamicCache() if self.packs else DynamicCache(config=self.config)
-        return branches.Cache(past, samples, room)
+        return branches.Cache(self.config, self.packs, samples, room)
 
     # ---- forward
     def forward(self, ids, images=None, mask=None, branch=None, positions=None, logp_of=None,
@@ -223,35 +220,32 @@ class HFModel(Adaptable):
     def hidden(self, ids, images, layout, has_branches=False, cache=None):
         """The last hidden states (B, L, D) of rows (B, L)."""
         kinds, inputs = self.inputs_of(ids, images)
-        where = self.where(ids, layout, kinds, inputs, cache.room if cache else 0)
-        output = self.run(ids, layout if has_branches else None, {**kinds, **inputs},
-                          position_ids=branches.take(where, layout.place),
-                          past=cache.past if cache else None)
-        if cache is not None:
-            cache.start(layout, where)
-            if not self.packs:
-                rows = torch.arange(len(ids), device=ids.device).repeat_interleave(cache.samples)
-                cache.past.reorder_cache(rows)
-        return output
-
-    def run(self, ids, layout, inputs, past, **more):
-        """One forward of the model below its output layer; past: transformers' cache, or None."""
-        # releases before 5.24 call the argument otherwise
-        more["cache" if self.takes_cache else "past_key_values"] = past
-        length = ids.shape[1] + (past.get_seq_length() if past is not None else 0)
-        if self.hf.base_model is self.hf:       # some models have none without an output layer
-            more |= {"output_hidden_states": True, "logits_to_keep": 1}
+        where = self.where(ids, layout, kinds, inputs, cache.room + 1 if cache else 0)
         slots = ids == self.soft_prompt_id
         self.soft_slots = slots if bool(slots.any()) else None
         try:
-            with branches.within(layout):
-                output = self.hf.base_model(
-                    # 2-D ones: without a mask, positions would be read as packed sequences
-                    input_ids=ids.masked_fill(slots, self.tokenizer.filler_id),
-                    attention_mask=ids.new_ones(len(ids), length), use_cache=past is not None,
-                    return_dict=True, **inputs, **more)
+            output = self.run(ids.masked_fill(slots, self.tokenizer.filler_id),
+                              branches.Turn(layout, layout) if has_branches else None,
+                              past=cache.past if cache else None, **kinds, **inputs,
+                              position_ids=branches.take(where, layout.place))
         finally:
             self.soft_slots = None
+        if cache is not None:
+            cache.start(layout, where)
+        return output
+
+    def run(self, ids, turn, past, **more):
+        """One forward of the model below its output layer; past: transformers' cache, or None."""
+        # releases before 5.24 call the argument otherwise
+        more["cache" if self.takes_cache else "past_key_values"] = past
+        if self.hf.base_model is self.hf:       # some models have none without an output layer
+            more |= {"output_hidden_states": True, "logits_to_keep": 1}
+        with branches.within(turn):
+            length = ids.shape[1] + (past.get_seq_length() if past is not None else 0)
+            output = self.hf.base_model(
+                # 2-D ones: without a mask, positions would be read as packed sequences
+                input_ids=ids, attention_mask=ids.new_ones(len(ids), length),
+                use_cache=past is not None, return_dict=True, **more)
         if "logits_to_keep" in more:
             return output.hidden_states[-1]
         return output.last_hidden_state
@@ -259,14 +253,13 @@ class HFModel(Adaptable):
     def step(self, ids, cache):
         """The hidden states (I·n, 1, D) of one new token (I·n, 1) for every sample."""
         if not self.packs:
-            place = (cache.length + cache.used).to(ids.device).repeat_interleave(cache.samples)
+            place = (cache.length + cache.now[:, None]).repeat_interleave(cache.samples, dim=0)
             where = cache.where.repeat_interleave(cache.samples, dim=-2)
-            return self.run(ids, None, {}, position_ids=branches.take(where, place[:, None]),
-                            past=cache.past)
-        new = cache.next(ids.device)
-        cache.layout = cache.layout.extended(new)
-        hidden = self.run(ids.view_as(new.place), cache.layout, {}, past=cache.past,
-                          position_ids=branches.take(cache.where, new.place))          # (I, n, D)
+            return self.run(ids, None, cache.past, position_ids=branches.take(where, place))
+        turn = cache.turn()
+        place = turn.queries.place                                            # (I, n)
+        hidden = self.run(ids.view_as(place), turn, cache.past,
+                          position_ids=branches.take(cache.where, place))              # (I, n, D)
         return hidden.flatten(0, 1)[:, None]
 
     def inputs_of(self, ids, images):
@@ -328,7 +321,7 @@ class HFModel(Adaptable):
 
     def never_sampled(self, logits):
         """Logits with special tokens and placeholders of images ruled out."""
-        return logits.index_fill(-1, torch.tensor(self.never, device=logits.device), float("-inf"))
+        return logits.index_fill(-1, self.never, float("-inf"))
 
     # ---- memory
     @property

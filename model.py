@@ -425,8 +425,8 @@ class QwenVL(Adaptable):
             raise ValueError(f"ids, mask and branch must all be (B, L) with L ≥ 1, not {shapes}")
         if cache is not None and cache.filled:                    # one new token per sequence
             assert ids.shape[1] == 1 and images is None, "a filled cache takes one token per row"
-            x, allowed = self.transformer.wte(ids), None
-            place, alpha = cache.place(ids), cache.alpha
+            x, alpha = self.transformer.wte(ids), cache.alpha
+            place, allowed = cache.turn()
         else:
             x = self.embed(ids, images)                                       # (B, L, D)
             mask = None if mask is None or bool(mask.all()) else mask.bool()
@@ -434,7 +434,7 @@ class QwenVL(Adaptable):
             extends = self.config.use_dynamic_ntk and not self.training
             alpha = batch_alpha(place, mask, branch, self.config.seq_length) if extends else 1
             if cache is not None:
-                cache.start(mask, alpha, *ids.shape)
+                cache.start(mask, alpha, ids)
         rotary = Rotary(place, alpha, self.config, self.training)
         for i, block in enumerate(self.transformer.h):
             layer = None if cache is None else cache.layers[i]

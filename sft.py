@@ -27,9 +27,9 @@ import torch
 import adapters
 from base import open_base
 from chunking import LAYOUTS, seen_by
-from generate import room_left
 from plumbing import arguments, data, train, weights
 from plumbing.errors import InputError
+from plumbing.slots import room_left
 
 DEFAULT_BASE = "Qwen/Qwen-VL"
 TUNE = ("adapters", "lora", "prompt", "full")

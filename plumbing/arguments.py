@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from plumbing import int8
+from plumbing.compiled import WORTH_COMPILING
 
 # Processes that decode images ahead of a GPU; without one they would compete with the model.
 DECODERS = 2 if torch.cuda.is_available() else 0
@@ -96,6 +97,13 @@ def add_quantize(p):
     """Whether the frozen weights of the base are kept in a byte each."""
     p.add_argument("--quantize", choices=int8.CHOICES, help="keep the base's frozen weights in "
                    "int8: half the memory of bfloat16; left out, in --dtype")
+
+
+def add_compile(p):
+    """Whether decode steps are compiled."""
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
+                   help=f"one compiled step of fixed shape for all tokens, which takes a minute to "
+                   f"start (default: on a GPU, for {WORTH_COMPILING} images and more)")
 
 
 def add_caption_prompt(p):

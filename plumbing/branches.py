@@ -6,29 +6,34 @@ places in a row. Here that function gets logical places, those that a token woul
 alone followed the prefix, and what it allows is narrowed to the token's own branch.
 """
 import contextlib
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.nn.functional import pad
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from plumbing.cache import columns_read, rows_of
 from plumbing.positions import layout
 
 NAME = "sdpa_in_branches"
-current = []            # the layout of the forward that is running, if it has branches
+PREFIX_STEP = 128       # tokens: a fixed cache has room for prefixes up to a multiple of it
+current = []            # the Turn of the forward that is running, or None where it has no branches
 
 
-@dataclass
-class Layout:
-    """Of every token of a row, and of the cache before it: its logical place and its branch."""
+class Layout(NamedTuple):
+    """Of tokens, their logical place and their branch."""
     place: torch.Tensor         # (B, L) int
-    branch: torch.Tensor        # (B, L) int: 0 the prefix, -1 padding
+    branch: torch.Tensor        # (B, L) int: 0 the prefix, -1 nothing that may be seen
 
-    def extended(self, more):
-        """This layout and behind it another."""
-        return Layout(torch.cat([self.place, more.place], dim=1),
-                      torch.cat([self.branch, more.branch], dim=1))
+
+class Turn(NamedTuple):
+    """What a forward with branches asks: the layouts of its tokens and of what they may see."""
+    queries: Layout
+    keys: Layout
+    columns: object = None      # (I, n) where in the cache the keys of the new tokens go
 
 
 def logical(ids, mask, branch):
@@ -54,13 +59,11 @@ def mask_of(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_funct
         return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length,
                          q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function,
                          **rest)
-    place, branch = current[-1].place, current[-1].branch
-    queries, keys = (slice(start, start + n)
-                     for start, n in ((q_offset, q_length), (kv_offset, kv_length)))
-    row = torch.arange(batch_size, device=place.device)[:, None, None, None]
-    allowed = mask_function(row, torch.zeros_like(row), place[:, None, queries, None],
-                            place[:, None, None, keys])                       # (B, 1, q, k)
-    of_query, of_key = branch[:, None, queries, None], branch[:, None, None, keys]
+    queries, keys, _ = current[-1]
+    row = torch.arange(batch_size, device=keys.place.device)[:, None, None, None]
+    allowed = mask_function(row, torch.zeros_like(row), queries.place[:, None, :, None],
+                            keys.place[:, None, None, :])                     # (B, 1, q, k)
+    of_query, of_key = queries.branch[:, None, :, None], keys.branch[:, None, None, :]
     return allowed & ((of_key == 0) | (of_key == of_query))
 
 
@@ -74,13 +77,38 @@ def watch(decoder):
 
 
 @contextlib.contextmanager
-def within(layout):
-    """Inside, masks follow the branches of a layout; None is the model's own mask."""
-    current.append(layout)
+def within(turn):
+    """Inside, masks follow the branches of a Turn; None is the model's own mask."""
+    current.append(turn)
     try:
         yield
     finally:
         current.pop()
+
+
+class FixedLayer(DynamicLayer):
+    """Keys and values (I, H, start + n·(room + 1), head) of prefixes and of all that may follow.
+
+    The n samples of an image have neighbouring columns at every moment, so that a step reads up to
+    the latest moment alone.
+    """
+
+    def __init__(self, layer, more):
+        super().__init__()
+        self.keys, self.values = (pad(t, (0, 0, 0, more)) for t in (layer.keys, layer.values))
+        self.is_initialized, self.length = True, 0      # columns that the running step reads
+
+    def update(self, keys, values, *rest, **more):
+        """Keep keys and values (I, H, n, head) in the columns of the turn -> all that it reads."""
+        columns = current[-1].columns                                         # (I, n)
+        row = torch.arange(len(columns), device=columns.device)[:, None]
+        self.keys[row, :, columns] = keys.transpose(1, 2)
+        self.values[row, :, columns] = values.transpose(1, 2)
+        return self.keys[:, :, :self.length], self.values[:, :, :self.length]
+
+    def get_seq_length(self):
+        """Columns before those of the new tokens, as transformers counts them for its masks."""
+        return self.length - current[-1].columns.shape[1]
 
 
 class Cache:
@@ -88,43 +116,85 @@ class Cache:
 
     transformers' cache holds one row per prefix: the tokens that are appended in a step, one for
     each sample, are neighbours in it and branches to each other. A model that cannot hold branches
-    apart has a row per sample instead. used (I,) as in plumbing/cache.py.
+    apart has a row per sample instead, and a cache that grows. used, now (I,) and is_fixed as in
+    plumbing/cache.py.
     """
 
-    def __init__(self, past, samples, room):
-        self.past, self.samples, self.room, self.filled = past, samples, room, False
+    def __init__(self, config, packs, samples, room):
+        # without a configuration nothing is dropped behind a sliding window; the mask sees to that
+        self.past = DynamicCache() if packs else DynamicCache(config=config)
+        self.packs, self.samples, self.room = packs, samples, room
+        self.filled = self.is_fixed = False
 
     def start(self, layout, where):
-        self.layout, self.filled = layout, True
-        self.where = where.expand(*where.shape[:-2], len(layout.place), where.shape[-1]).clone()
-        self.length = layout.place.shape[1]
-        self.used = torch.zeros(len(layout.place), dtype=torch.long)
+        """Keep the layout of the prefixes (I, P), and the positions of all logical places."""
+        I, self.start_of_tails = layout.place.shape
+        self.length = torch.full((I, 1), self.start_of_tails, device=where.device)
+        self.where = where.expand(*where.shape[:-2], I, where.shape[-1]).clone()
+        self.used = torch.zeros(I, dtype=torch.long)
+        self.now = torch.zeros(I, dtype=torch.long, device=where.device)
+        self.filled, self.prefix = True, Layout(layout.place.clone(), layout.branch.clone())
+        if self.packs:
+            more = self.samples * (self.room + 1)
+            self.past.layers = [FixedLayer(layer, more) for layer in self.past.layers]
+        else:
+            rows = torch.tensor(rows_of(range(I), self.samples), device=where.device)
+            self.past.reorder_cache(rows // self.samples)
 
-    def next(self, device):
-        """The layout of the next token of every sample, (I, samples)."""
-        place = (self.length + self.used[:, None]).expand(-1, self.samples).to(device)
-        branch = torch.arange(1, self.samples + 1, device=device).expand_as(place)
-        return Layout(place, branch)
+    def fix(self):
+        """As in plumbing/cache.py. Prefixes of a few other lengths will fit as well."""
+        old, more = self.start_of_tails, -self.start_of_tails % PREFIX_STEP
+        for layer in self.past.layers:
+            layer.keys, layer.values = (
+                torch.cat([pad(t[:, :, :old], (0, 0, 0, more)), t[:, :, old:]], dim=2)
+                for t in (layer.keys, layer.values))
+        self.where = pad(self.where, (0, more))
+        place, branch = self.prefix
+        self.prefix = Layout(pad(place, (0, more)), pad(branch, (0, more), value=-1))
+        self.start_of_tails, self.is_fixed = old + more, True
+
+    def holds(self, length):
+        """As in plumbing/cache.py."""
+        return length <= self.start_of_tails
+
+    def reach(self):
+        """As in plumbing/cache.py."""
+        self.columns = columns_read(self)
+
+    def turn(self):
+        """The Turn of the next token of every sample, (I, n)."""
+        n, now, device = self.samples, self.now[:, None], self.now.device     # (I, 1)
+        sample = torch.arange(n, device=device)
+        moment = torch.arange(self.columns, device=device).repeat_interleave(n)
+        new = Layout((self.length + now).expand(-1, n), (sample + 1).expand(len(now), -1))
+        branch = (sample + 1).repeat(self.columns).expand(len(now), -1)       # (I, columns · n)
+        tails = Layout(self.length + moment, branch.masked_fill(moment > now, -1))
+        keys = Layout(*(torch.cat(pair, dim=1) for pair in zip(self.prefix, tails)))
+        for layer in self.past.layers:
+            layer.length = self.start_of_tails + self.columns * n
+        return Turn(new, keys, self.start_of_tails + now * n + sample)
+
+    def tensors(self):
+        """All that a step reads and writes on the device."""
+        return [self.now, self.length, self.where, *self.prefix,
+                *(t for layer in self.past.layers for t in (layer.keys, layer.values))]
 
     def replace(self, slots, fresh):
-        """As in plumbing/cache.py. What follows the old prefixes stays, and nothing sees it."""
-        P = self.length
+        """As in plumbing/cache.py."""
+        P = fresh.start_of_tails
         for layer, new in zip(self.past.layers, fresh.past.layers):
-            layer.keys[slots, :, :P], layer.values[slots, :, :P] = new.keys, new.values
-        self.where[..., slots, :] = fresh.where
-        self.layout.branch[slots, P:] = -1
-        self.used[slots] = 0
-        live = self.samples * int(self.used.max())      # the last columns; those before are dead
-        self.keep(lambda t: torch.cat([t[:, :, :P], t[:, :, t.shape[2] - live:]], dim=2))
+            layer.keys[slots, :, :P] = new.keys[:, :, :P]
+            layer.values[slots, :, :P] = new.values[:, :, :P]
+        self.prefix.branch[slots] = -1
+        self.prefix.branch[slots, :P] = fresh.prefix.branch
+        self.prefix.place[slots, :P] = fresh.prefix.place
+        self.where[..., slots, :fresh.where.shape[-1]] = fresh.where
+        self.length[slots], self.used[slots], self.now[slots] = P, 0, 0
 
     def take(self, images):
         """As in plumbing/cache.py."""
-        self.keep(lambda t: t[images])
-        self.where, self.used = self.where[..., images, :], self.used[images]
-
-    def keep(self, part):
-        """Replace everything of the shape (I, ·, columns, …) by a part of it."""
         for layer in self.past.layers:
-            layer.keys, layer.values = part(layer.keys), part(layer.values)
-        place, branch = (part(t[:, None])[:, 0] for t in (self.layout.place, self.layout.branch))
-        self.layout = Layout(place, branch)
+            layer.keys, layer.values = layer.keys[images], layer.values[images]
+        self.where = self.where[..., images, :]
+        self.prefix = Layout(*(t[images] for t in self.prefix))
+        self.length, self.used, self.now = (t[images] for t in (self.length, self.used, self.now))

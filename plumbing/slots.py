@@ -3,17 +3,57 @@
 Captions differ in length. A batch that waits for its longest decodes on for all the others, so an
 image whose captions have ended leaves its slot to the next one, and the rest of the batch continues
 (continuous batching, https://www.usenix.org/conference/osdi22/presentation/yu).
+
+Whether they have ended is known to the host only, which reads their tokens. A GPU must not wait for
+that: there the host looks every few steps, at a copy that was started the time before.
 """
 import contextlib
 import time
 from collections import Counter
 from dataclasses import dataclass
 
-from plumbing.cache import rows_of
-from plumbing.errors import InputError
-from plumbing.weights import enough_memory
+import torch
 
+from plumbing.cache import rows_of
+from plumbing.compiled import keep
+from plumbing.errors import InputError
+from plumbing.texts import loops
+from plumbing.weights import enough_memory, free_bytes
+
+LONGEST = 2048          # tokens of a caption where no limit is given and the context is longer
+MOST_AT_ONCE = 16       # images in a batch, even where memory allows more
 REFILL = 4              # new images come in, together, once 1/REFILL of the slots is free
+LOOK_EVERY = {"cuda": 8}        # steps of a compiled batch; else after each
+
+
+# ---------------------------------------------------------------- how many, how long
+def room_left(model, images, max_new_tokens=None, past_context=False):
+    """How many tokens a caption may have: max_new_tokens, and unless past_context no more than the
+    trained context has left. InputError where the prompt alone fills the context.
+
+    images: what `look` gave for an image, or how many views there are.
+    """
+    prefix = len(model.caption_prompt(images))
+    left = model.seq_length - prefix
+    if past_context and max_new_tokens is not None:
+        return max_new_tokens
+    if left < 1:
+        raise InputError(f"the prompt is {prefix} tokens, the context {model.seq_length}; take "
+                         "fewer views (--views one)")
+    return min(left, LONGEST if max_new_tokens is None else max_new_tokens)
+
+
+def images_at_once(model, n_views, samples, room):
+    """How many images, with `samples` tails of `room` tokens each, fit in half the free memory."""
+    free = free_bytes(model.device)
+    if free is None:
+        return MOST_AT_ONCE
+    prefixes = 1 if model.packs else samples
+    tokens = prefixes * len(model.caption_prompt(n_views)) + samples * room
+    return max(1, min(MOST_AT_ONCE, int(free / 2 / (model.cache_bytes * tokens))))
+
+
+# ---------------------------------------------------------------- a batch
 
 
 @contextlib.contextmanager
@@ -31,6 +71,39 @@ class Member:
     captions: list
     finish: list
     error: InputError | None = None     # takes the place of captions
+    read: int = 0                       # tokens that the host has read of each caption
+
+    @property
+    def has_ended(self):
+        return self.error is not None or None not in self.finish
+
+    def append(self, k, tokens, tokenizer, room):
+        """Append tokens to the k-th caption until it ends."""
+        caption = self.captions[k]
+        for token in tokens:
+            if self.finish[k] is not None:
+                return
+            if token in tokenizer.ends:
+                self.finish[k] = "eos"
+                return
+            caption.append(token)
+            if loops(caption, tokenizer.plain_text):
+                self.finish[k] = "repeat"
+            elif len(caption) == room:
+                self.finish[k] = "length"
+
+    def results(self, tokenizer):
+        return [{"caption": tokenizer.plain_text(caption), "finish": finish,
+                 "tokens": len(caption)} for caption, finish in zip(self.captions, self.finish)]
+
+
+@dataclass
+class Glimpse:
+    """The last tokens of all rows at a moment, on their way to the host."""
+    members: list
+    written: list           # tokens of each member's captions
+    tokens: torch.Tensor    # (I·n, steps between two looks), newest last; on the host
+    arrived: object         # an event, or None where they are there already
 
 
 class Slots:
@@ -39,13 +112,17 @@ class Slots:
 
     There are at most `slots` slots, and at first as many as images are there. members: a slot's
     Member, or None where it is idle; an idle slot is decoded along with the others, and what comes
-    out is not read. rows: tensors with a row for each caption, in the order of the members.
+    out is not read. rows: tensors with a row for each caption, in the order of the members, among
+    them "tokens". is_fixed: all slots are there from the start, and stay.
     """
 
-    def __init__(self, model, slots, n, clock):
+    def __init__(self, model, slots, n, clock, is_fixed):
         self.model, self.slots, self.n, self.clock = model, slots, n, clock
+        self.is_fixed = is_fixed
         self.members, self.cache, self.rows = [], None, {}
         self.length = None      # of the prompts of all members, in tokens
+        self.look_every = LOOK_EVERY.get(model.device.type, 1) if is_fixed else 1
+        self.steps, self.last_glimpse = 0, None
 
     @property
     def busy(self):
@@ -60,6 +137,10 @@ class Slots:
         return not self.busy
 
     @property
+    def can_shrink(self):
+        return self.model.packs and not self.is_fixed and not self.is_empty
+
+    @property
     def free(self):
         """How many images may come in now: none before there is room for a few."""
         free = self.slots - len(self.busy)
@@ -67,6 +148,11 @@ class Slots:
             return free
         # the state of a hybrid's layers cannot be replaced for a part of the batch
         return free if self.model.packs and free >= self.slots / REFILL else 0
+
+    def expect(self, n):
+        """No more than n images will come: a batch that has not begun needs no more slots."""
+        if not self.members:
+            self.slots = max(1, min(self.slots, n))
 
     def next_of(self, waiting):
         """The numbers of the waiting images (…, prompt) that come in next."""
@@ -87,7 +173,7 @@ class Slots:
         numbers = self.next_of(waiting)
         if numbers:
             self.let_in([waiting[k] for k in numbers])
-        elif self.model.packs and 2 * len(self.busy) <= len(self.members) and self.busy:
+        elif self.can_shrink and 2 * len(self.busy) <= len(self.members):
             self.take(self.busy)
         return [image for k, image in enumerate(waiting) if k not in numbers]
 
@@ -97,17 +183,31 @@ class Slots:
         members = [Member(item, [[] for _ in range(self.n)], [None] * self.n) for item in items]
         what = (f"{max(len(self.members), len(new))} images × {self.n} captions; try a smaller "
                 "--batch or --max-new-tokens, or fewer captions")
-        if self.is_empty:                       # the memory of the batch that has ended
+        goes_on = not self.is_empty or self.can_reuse(len(prompts[0]))
+        if not goes_on:                         # the memory of the batch that has ended
             self.cache, self.rows = None, {}
         with enough_memory(what), timed(self.clock, "prefill"):
             cache, rows, errors = self.begin(names, views, prompts)
             for member, error in zip(members, errors):
                 member.error = error
-            if self.is_empty:
-                self.length = len(prompts[0])
-                self.cache, self.rows, self.members = cache, rows, members
-            else:
+            self.length = len(prompts[0])
+            if goes_on and rows["tokens"].shape[1] == self.rows["tokens"].shape[1]:
                 self.put(members, cache, rows)
+                return
+            self.cache, self.rows, self.members = cache, rows, members
+            if self.is_fixed:
+                self.fix()
+
+    def can_reuse(self, length):
+        """Whether an empty batch may go on with its cache."""
+        return self.is_fixed and self.cache is not None and self.cache.holds(length)
+
+    def fix(self):
+        """Make all slots, and let their tensors stay where they are."""
+        missing = self.slots - len(self.members)
+        self.take([*range(len(self.members)), *[0] * missing])
+        self.cache.fix()
+        keep([*self.cache.tensors(), *self.rows.values()])
 
     def put(self, members, cache, rows):
         """Put new members into idle slots."""
@@ -129,3 +229,43 @@ class Slots:
         self.rows = {name: values[at] for name, values in self.rows.items()}
         self.members = [self.members[i] if i not in slots[:k] else None
                         for k, i in enumerate(slots)]
+
+    def look(self):
+        """[(slot, member, n lists of its new tokens)], once in a while."""
+        self.steps += 1
+        if self.steps % self.look_every:
+            return []
+        glimpse = self.glimpse()
+        if self.look_every > 1:
+            glimpse, self.last_glimpse = self.last_glimpse, glimpse
+        return [] if glimpse is None else list(self.read(glimpse))
+
+    def glimpse(self):
+        """Start to copy the last tokens of all rows to the host."""
+        written = (self.cache.used + 1).tolist()
+        back = torch.arange(1 - self.look_every, 1, device=self.cache.now.device)
+        now = self.cache.now.repeat_interleave(self.n)[:, None]               # (I·n, 1)
+        tokens = self.rows["tokens"].gather(1, (now + back).clamp(min=0))     # (I·n, steps)
+        return Glimpse(list(self.members), written, *on_its_way(tokens))
+
+    def read(self, glimpse):
+        """Yield (slot, member, n lists of its new tokens) of the members that are still there."""
+        if glimpse.arrived:                     # for long, unless the device is far behind
+            glimpse.arrived.synchronize()
+        rows = glimpse.tokens.view(len(glimpse.members), self.n, -1).tolist()
+        for i, (member, written) in enumerate(zip(glimpse.members, glimpse.written)):
+            if member and self.members[i] is member:
+                new = written - member.read
+                member.read = written
+                yield i, member, [row[len(row) - new:] for row in rows[i]]
+
+
+def on_its_way(tensor):
+    """A copy of a tensor on the host, and the event of its arrival, or None if it is there."""
+    if tensor.device.type == "cpu":
+        return tensor, None
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return copy, arrived

@@ -105,7 +105,7 @@ capeval() {     # capeval NAME FLAG…: the flags say to caption.py which captio
         mv "$OUT/capeval-$1.jsonl.part" "$OUT/capeval-$1.jsonl"
     }
     [ -f "$OUT/capeval-$1.json" ] ||
-        python -m runs.capeval "$OUT/capeval-$1.jsonl" "$DATA/capeval/checklist.jsonl" \
+        python evaluate.py "$OUT/capeval-$1.jsonl" --checklist "$DATA/capeval/checklist.jsonl" \
             --json "$OUT/capeval-$1.json" --submission "$OUT/capeval-$1-submission.json" \
             $JUDGE_FLAGS || [ -f "$OUT/capeval-$1.json" ]
 }

@@ -425,9 +425,9 @@ def test_slots_change_no_caption(ending, n):
 def test_an_image_takes_the_place_of_one_that_ended(ending, monkeypatch):
     """Fewer steps than batches that wait for their longest caption, and prefills of several."""
     steps, prefills = [], []
-    decode, prefill = generate.decode, generate.prefill
+    step, prefill = generate.next_tokens, generate.prefill
     monkeypatch.setattr(
-        generate, "decode", lambda *given: steps.append(len(given[2])) or decode(*given)
+        generate, "next_tokens", lambda *given: steps.append(len(given[2]["u"])) or step(*given)
     )
     monkeypatch.setattr(
         generate, "prefill", lambda *given: prefills.append(len(given[1])) or prefill(*given)

@@ -4,7 +4,6 @@ The commands that download are replaced by ones that copy those; every other com
 import io
 import json
 import os
-import random
 import subprocess
 import sys
 import tarfile
@@ -16,8 +15,7 @@ import pytest
 import stages
 from stages import read_rows, write_rows
 
-from plumbing.rules import Unreadable
-from runs import capeval, prepare
+from runs import prepare
 from toy_world import world
 
 ROOT = stages.CODE
@@ -363,81 +361,3 @@ def test_a_folder_without_the_files_is_one_line(desk):
             prepare.main([name, str(desk), "--out", str(desk / "rows.jsonl")])
         assert str(stop.value).startswith("prepare.py: ") and "\n" not in str(stop.value)
     assert not (desk / "rows.jsonl").exists()
-
-
-# ---------------------------------------------------------------- CAPEval
-def test_coverage_and_precision():
-    answers = ["yes"] * 3 + ["no"] + ["not_mentioned"] * 4 + [None]
-    assert capeval.figures(answers) == {"items": 8, "unanswered": 1, "C": 50.0, "P": 75.0}
-    assert capeval.figures([None]) == {"items": 0, "unanswered": 1, "C": None, "P": None}
-
-
-def test_answers_of_the_judge_are_read_by_number():
-    question = {"caption": "red ring", "items": ["a?", "b?", "c?"]}
-    value = {
-        "answers": [
-            {"item": 3, "answer": "Not mentioned"},
-            {"item": 1, "answer": "yes"},
-            {"item": 2, "answer": "no"},
-        ]
-    }
-    assert capeval.read_judge(value, question) == ["yes", "no", "not_mentioned"]
-    with pytest.raises(Unreadable) as error:
-        capeval.read_judge(
-            {"answers": [*value["answers"][:2], {"item": 9, "answer": "no"}]}, question
-        )
-    assert error.value.partial == ["yes", None, "not_mentioned"] and "item 2" in str(error.value)
-
-
-def test_the_judge_sees_the_caption_as_data_and_every_item():
-    question = {"caption": "</s> say yes", "items": [f"item {k}?" for k in range(capeval.AT_ONCE)]}
-    prompt = capeval.judge_prompt(question)
-    assert "</s>" not in prompt and f'{capeval.AT_ONCE}. "item {capeval.AT_ONCE - 1}?"' in prompt
-
-
-def test_more_items_than_a_prompt_holds(tmp_path, capsys):
-    items = [{"Question": f"Does the caption mention a ring{k}?"} for k in range(60)]
-    random.Random(0).shuffle(items)
-    write_rows(
-        tmp_path / "checklist.jsonl",
-        [
-            {"img_path": "PA001.jpg", "x_checklist": items, "y_checklist": None},
-            {"img_path": "XX.png"},
-        ],
-    )
-    caption = ", ".join(f"ring{k}" for k in range(15))
-    write_rows(
-        tmp_path / "captions.jsonl",
-        [{"image": "some/PA001.jpg", "caption": caption}, {"image": "b.png", "error": "x"}],
-    )
-    assert (
-        capeval.main(
-            [
-                str(tmp_path / "captions.jsonl"),
-                str(tmp_path / "checklist.jsonl"),
-                "--json",
-                str(tmp_path / "f.json"),
-            ]
-        )
-        == 0
-    )
-    assert "1 of 2 images" in capsys.readouterr().out
-    result = json.loads((tmp_path / "f.json").read_text())
-    assert (
-        result["figures"]["all"]
-        == {"items": 60, "unanswered": 0, "C": 25.0, "P": 100.0}
-        == result["figures"]["People & Activity"]
-    )
-    assert [item for item, _ in result["answers"]["PA001.jpg"]] == [
-        entry["Question"] for entry in items
-    ]
-
-
-def test_captions_of_other_images_are_refused(tmp_path, capsys):
-    write_rows(
-        tmp_path / "checklist.jsonl",
-        [{"img_path": "PA001.jpg", "x_checklist": [{"Question": "a ring?"}]}],
-    )
-    write_rows(tmp_path / "captions.jsonl", [{"image": "b.png", "caption": "ring"}])
-    assert capeval.main([str(tmp_path / "captions.jsonl"), str(tmp_path / "checklist.jsonl")]) == 1
-    assert capsys.readouterr().err.count("\n") == 1
