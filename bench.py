@@ -43,12 +43,11 @@ import torch
 from PIL import Image
 
 import adapters
-import generate
 from base import open_base
 from dpo import caption_logps, pack, pair_losses, pair_up
 from generate import Sampling, decode, prefill, sample, stream, yes_probability
 from model import Config, QwenVL, VisionConfig
-from plumbing import arguments, data, files, int8, speed, weights
+from plumbing import arguments, data, files, int8, slots, speed, weights
 from plumbing.errors import InputError
 from plumbing.tokenizer import Tokenizer
 from toy_world import busy, world
@@ -101,6 +100,7 @@ def parse_args(argv):
     add("--only", nargs="+", choices=tuple(ROWS), metavar="ROW", help="these rows alone")
     add("--size", choices=tuple(SIZES), help="random weights (default: full on a GPU, else small)")
     add("--base", help="Hub name or folder of a base with real weights, in place of --size")
+    add("--no-compile", dest="compile", action="store_false", help="leave all decode steps eager")
     add("--images", type=Path, metavar="DIR", help="photographs for --only captions")
     add("--seconds", type=arguments.positive, help="a device takes for one of them (default: 0.25)")
     add("--rounds", type=arguments.count, default=3, help="timed runs of each side (default: 3)")
@@ -120,10 +120,8 @@ def parse_args(argv):
                     "--against")
     if args.size and args.base:
         p.error("--size is of random weights, --base has its own; give one of them")
-    if args.images and args.only != ["captions"]:
-        p.error("--images goes with --only captions")
-    if args.seconds and not args.images:
-        p.error("--seconds goes with --images")
+    if (args.images and args.only != ["captions"]) or (args.seconds and not args.images):
+        p.error("--images goes with --only captions, and --seconds with --images")
     for name, default in {**OF_AGAINST, "seconds": 0.25}.items():
         vars(args)[name] = vars(args)[name] or default
     return args
@@ -186,8 +184,9 @@ def text_ids(model, n, word="red"):
 def caption_steps(model, images, n, steps, compiled):
     """Write n captions of `steps` tokens of one image -> the seconds of their decode steps."""
     clock, how = Counter(), Sampling(n, steps, min_tokens=steps, past_context=True)
-    with mock.patch.object(generate, "loops", busy.ignored):
-        [(_, captions)] = stream(model, [(0, "image", images)], 1, how, clock)
+    with mock.patch.object(slots, "loops", busy.ignored):
+        [(_, captions)] = stream(model, [(0, "image", images)], 1, how, clock,
+                                  compiled and model.packs)
     assert all(caption["tokens"] == steps for caption in captions)
     return clock["decode"]
 
@@ -205,7 +204,7 @@ def decode_contest(setup, model, rival_is, rival, compiled=False):
     is one step fewer."""
     n = setup.lengths.decoded
     calls = decode_calls(model, setup) * (n - 1)
-    caption = functools.partial(caption_steps, model, setup.images, 1, n, True)
+    caption = functools.partial(caption_steps, model, setup.images, 1, n, setup.args.compile)
     rival = functools.partial(caption_steps, rival, setup.images, 1, n, compiled)
     return speed.Contest(rival_is, caption, rival, setup.clocked(speed.Bare(calls)),
                          bytes_read=speed.weight_bytes(calls))
@@ -215,7 +214,8 @@ def int8_row(setup):
     if setup.args.quantize:
         raise InputError("all rows have int8 weights; leave --quantize out")
     model = open_model(setup.args, setup.dtype, setup.device, "int8")
-    return decode_contest(setup, model, str(setup.dtype).removeprefix("torch."), setup.model, True)
+    return decode_contest(setup, model, str(setup.dtype).removeprefix("torch."), setup.model,
+                          setup.args.compile)
 
 
 def prefill_row(setup):
@@ -255,7 +255,7 @@ def vit_row(setup):
 def samples_row(setup):
     model, steps = setup.model, setup.lengths.decoded
     write = functools.partial(caption_steps, model, setup.images, steps=steps,
-                              compiled=setup.device.type == "cuda")
+                              compiled=setup.args.compile and setup.device.type == "cuda")
     ids = torch.tensor([model.caption_prompt(setup.images)], device=setup.device)
     views = data.together([setup.images])
     first = torch.no_grad()(functools.partial(prefill, model, ids, views, None, 1, 1))
@@ -336,7 +336,7 @@ def training_row(setup, rival_is, n_rows, cached):
 
 def captions_row(setup):
     lengths = setup.lengths
-    ours, rival, bare = busy.slots(lengths.images, lengths.short, setup.device)
+    ours, rival, bare = busy.ways(lengths.images, lengths.short, setup.device)
     return speed.Contest("batches that wait", *map(setup.clocked, (ours, rival, bare)))
 
 

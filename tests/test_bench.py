@@ -28,7 +28,19 @@ def table(tmp_path_factory):
     capture.setattr("builtins.print", lambda *args, **_: lines.extend(str(args[0]).split("\n")))
     try:
         assert (
-            bench.main(["--size", "toy", "--rounds", "1", "--threads", "1", "--json", str(out)])
+            bench.main(
+                [
+                    "--size",
+                    "toy",
+                    "--no-compile",
+                    "--rounds",
+                    "1",
+                    "--threads",
+                    "1",
+                    "--json",
+                    str(out),
+                ]
+            )
             == 0
         )
     finally:

@@ -15,7 +15,7 @@ import generate
 from base import open_base
 from chunking import seen_by
 from generate import Sampling, stream
-from plumbing import data
+from plumbing import data, slots
 from plumbing.errors import InputError
 from plumbing.images import find_images
 from plumbing.texts import loops
@@ -75,13 +75,13 @@ def caption_all(model, n_images, short, kind, at_once):
     images = [(k, str(k), views) for k in range(n_images)]
     longest = short * LONG
     how = Sampling(1, longest + 1, temperature=0.0, min_tokens=longest, past_context=True)
-    with mock.patch.object(generate, "Batch", kind), mock.patch.object(generate, "loops", ignored):
+    with mock.patch.object(generate, "Batch", kind), mock.patch.object(slots, "loops", ignored):
         for start in range(0, n_images, at_once):
             for _ in stream(model, images[start:start + at_once], SLOTS, how):
                 pass
 
 
-def slots(n_images, short, device):
+def ways(n_images, short, device):
     """Three ways: slots that are filled again, batches that wait, captions of one length."""
     model = open_base(TOY, device=device)
     run = functools.partial(caption_all, model, n_images, short)
