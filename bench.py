@@ -100,7 +100,7 @@ def parse_args(argv):
     add("--only", nargs="+", choices=tuple(ROWS), metavar="ROW", help="these rows alone")
     add("--size", choices=tuple(SIZES), help="random weights (default: full on a GPU, else small)")
     add("--base", help="Hub name or folder of a base with real weights, in place of --size")
-    add("--no-compile", dest="compile", action="store_false", help="leave all decode steps eager")
+    add("--compile", action=argparse.BooleanOptionalAction, help="decode steps (default: on a GPU)")
     add("--images", type=Path, metavar="DIR", help="photographs for --only captions")
     add("--seconds", type=arguments.positive, help="a device takes for one of them (default: 0.25)")
     add("--rounds", type=arguments.count, default=3, help="timed runs of each side (default: 3)")
@@ -165,8 +165,8 @@ def set_up(args):
     device = weights.usable_device(args.device)
     dtype = arguments.DTYPES.get(args.dtype) or weights.usual_dtype(device)
     usual = "full" if device.type == "cuda" else "small"
-    if not args.base:
-        args.size = args.size or usual
+    args.size = args.size or (None if args.base else usual)
+    args.compile = device.type == "cuda" if args.compile is None else args.compile
     model = open_model(args, dtype, device, args.quantize)
     side, rng = model.image_size, np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
@@ -255,7 +255,7 @@ def vit_row(setup):
 def samples_row(setup):
     model, steps = setup.model, setup.lengths.decoded
     write = functools.partial(caption_steps, model, setup.images, steps=steps,
-                              compiled=setup.args.compile and setup.device.type == "cuda")
+                              compiled=setup.args.compile)
     ids = torch.tensor([model.caption_prompt(setup.images)], device=setup.device)
     views = data.together([setup.images])
     first = torch.no_grad()(functools.partial(prefill, model, ids, views, None, 1, 1))
