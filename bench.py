@@ -1,295 +1,385 @@
-"""Speed, next to the plain way: each figure is a ratio of two medians, measured in turn in one run.
+"""Speed and memory of each part of the method, next to its rival and to the limits of the device.
 
-    python bench.py                     # a random small model with real lengths, on the CPU
-    python bench.py --only pairs --rounds 10
+    python bench.py                                 # a small random model; on a GPU the full one
+    python bench.py --size full --json speed.json   # Qwen-VL's 9.7 billion parameters, random
+    python bench.py --base Qwen/Qwen3-VL-4B-Instruct --only decode pairs
     python bench.py --against trl --threads 1 --json trl.json       # next to TRL
     python bench.py --against generate --threads 1                  # next to transformers
 
-pairs       a training step on a chosen and a rejected caption, packed behind one image prefix
-            | as two sequences
-reference   a training step with cached reference log-probs | with the reference run again
+The bandwidth of a copy and the rate of a large matrix product are measured first. In each row the
+contestants take turns, and a figure is the median of the rounds. "bare" are the row's own matrix
+products and nothing else; the floor is what the limits of the device allow for the row: bytes of
+weights ÷ bandwidth, operations of products with weights ÷ rate. Random weights are made on the
+device, in the dtype of the run. Prompts have six views.
+
+decode      the decode steps of a caption, compiled | by the eager loop
+int8        the same with int8 weights | with weights in the dtype of the run
+prefill     the language model on a prompt | with logits at every position
+vit         the vision tower on six views | one view after the other
 samples     8 captions of one image on one prefix | one after the other
 questions   64 yes/no questions packed behind one prefix | one after the other
+pairs       a DPO step's forward and backward, a chosen and a rejected caption packed behind one
+            image prefix | as two rows
+reference   the same step with cached reference log-probs | with the reference run again
 captions    320 images, each tenth caption five times as long as the others: slots that are filled
-            again | batches that wait for their longest caption. Then, with --images, what decoding
-            these photographs ahead of a device costs it: two processes | in line, where the device
-            is a sleep of --seconds an image; and two ranks of caption.py | one, on toy scenes
+            again | batches that wait for their longest caption; bare: the same number of tokens in
+            equally long captions; by the toy base. With --only captions also two ranks of
+            caption.py and one, and with --images what decoding photographs costs a device
 
---against measures next to other people's code, on a random Qwen2.5-VL and one image of 400 tokens,
-then of 1,200. Each contestant has a process of its own, and they take turns. Images are prepared
-beforehand. Memory is the peak above the loaded model.
-
-trl         forward and backward of a pair, with gradient checkpointing: captions of 60 tokens
-            packed | as two rows | by TRL's DPOTrainer with loss_type ["sigmoid", "sft"]. It trains
-            LoRA of the size of our adapters: all-linear, as in TRL's example for vision models, or
-            only where our adapters stand. It runs the reference in every step, since it caches
-            none for images. Here that is done once for each caption, and timed apart.
-generate    8 captions of 64 tokens on one prefix | by model.generate(num_return_sequences=8)
+--against measures next to other people's code, as plumbing/peers.py describes.
 """
 import argparse
 import functools
-import importlib.util
-import json
-import os
-import platform
 import shlex
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from importlib.metadata import version
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import torch
 from PIL import Image
 
 import adapters
-import generate
 from base import open_base
-from chunking import seen_by
 from dpo import caption_logps, pack, pair_losses, pair_up
-from generate import Sampling, decode, prefill, sample, stream
+from generate import Sampling, decode, prefill, sample, stream, yes_probability
 from model import Config, QwenVL, VisionConfig
-from plumbing import arguments, data, weights
+from plumbing import arguments, data, files, int8, slots, speed, weights
 from plumbing.errors import InputError
-from plumbing.images import find_images
-from toy_world import world
+from plumbing.tokenizer import Tokenizer
+from toy_world import busy, world
 
-# Lengths of the real model, in tokens; START is the id of <img> in the small vocabulary.
-QUERIES, VIEWS, PROMPT, CAPTION, QUESTION, START = 256, 6, 6, 300, 16, 600
-N_SAMPLES, SAMPLE, N_QUESTIONS = 8, 50, 64
-# Of captions: tokens of a usual one, slots, and scenes for two ranks.
-TOY, SHORT, SLOTS, RANK_SCENES = "assets/toy", 40, 16, 2000
-# The same of --against. A caption of 60 has its end token among them.
-PEER_PROMPT, PEER_CAPTION, PEER_SAMPLE, BETA = 20, 60, 64, 0.1
-NEEDED = {"trl": ("torchvision", "trl", "peft", "accelerate", "datasets"),
-          "generate": ("torchvision",)}
+VIEWS, N_SAMPLES, BETA = 6, 8, 0.1
+TARGETS = {
+    "cpu": {"decode": "≥ 85 % of bare", "prefill": "≥ 80 % of bare", "samples": "≥ 6 times",
+            "questions": "≥ 25 times", "pairs": "≥ 1.6 times"},
+    "cuda": {"decode": "≥ 85 % of floor, ≥ 4 times", "int8": "≥ 1.5 times",
+             "samples": "≥ 6 times", "questions": "≥ 25 times",
+             "pairs": "≥ 1.6 times, ≤ 22.5 GiB in all, logits < 100 MB",
+             "reference": "≥ 1.3 times"}}
+OF_THE_TABLE = ("only", "size", "base", "dtype", "quantize", "images", "seconds")
+OF_AGAINST = {"hidden": 512, "layers": 8, "image_tokens": [400, 1200]}
+
+
+# ---------------------------------------------------------------- sizes
+@dataclass
+class Lengths:
+    """What a row is made of."""
+    caption: int = 300          # tokens of a caption that is trained on
+    decoded: int = 300          # tokens of a caption that is decoded
+    questions: int = 64
+    images: int = 320           # of the row captions
+    short: int = 40             # tokens of most of its captions
+    question: str = "Is there a {}?"
+
+
+# full has the numbers of Qwen-VL. small has a quarter of its widths, patches, queries and tokens,
+# so that attention, keys and values have the same share, and an eighth of its layers. toy is for
+# tests.
+SIZES = {
+    "full": (Config(), Lengths()),
+    "small": (Config(vocab_size=4748, hidden_size=1024, num_hidden_layers=4,
+                     num_attention_heads=8, intermediate_size=5504, seq_length=512,
+                     visual=VisionConfig(image_size=224, width=416, layers=6, heads=4,
+                                         output_dim=1024, n_queries=64)),
+              Lengths(75, 75, question="{}?")),
+    "toy": (Config(vocab_size=576, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
+                   kv_channels=32, intermediate_size=704, seq_length=256,
+                   visual=VisionConfig(image_size=32, patch_size=8, width=96, layers=2, heads=3,
+                                       mlp_ratio=4.0, output_dim=128, n_queries=4)),
+            Lengths(12, 8, 8, 20, 8))}
 
 
 def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("--only", choices=tuple(BENCHES), help="this comparison alone")
-    add("--images", type=Path, metavar="DIR", help="photographs for captions")
-    add("--seconds", type=arguments.positive, default=0.25, help="of a device for an image of "
-        "--images (default: 0.25)")
-    add("--rounds", type=arguments.count, default=5, help="timed runs of each side (default: 5)")
-    add("--hidden", type=arguments.count, help="width of the language model, a multiple of 128 "
-        "(default: 256, or 512 with --against)")
-    add("--layers", type=arguments.count, help="its layers; the ViT has half as many again, with "
-        "--against half as many (default: 4, or 8 with --against)")
+    add("--only", nargs="+", choices=tuple(ROWS), metavar="ROW", help="these rows alone")
+    add("--size", choices=tuple(SIZES), help="random weights (default: full on a GPU, else small)")
+    add("--base", help="Hub name or folder of a base with real weights, in place of --size")
+    add("--compile", action=argparse.BooleanOptionalAction, help="decode steps (default: on a GPU)")
+    add("--images", type=Path, metavar="DIR", help="photographs for --only captions")
+    add("--seconds", type=arguments.positive, help="a device takes for one of them (default: 0.25)")
+    add("--rounds", type=arguments.count, default=3, help="timed runs of each side (default: 3)")
     add("--threads", type=arguments.count, default=torch.get_num_threads(), help="of PyTorch")
-    add("--device", default="cpu", help="cpu or cuda")
-    add("--against", choices=tuple(NEEDED), help="TRL's DPOTrainer, or transformers' generate")
-    add("--image-tokens", type=arguments.count, nargs="+", default=[400, 1200], metavar="N",
+    arguments.add_device(p)
+    add("--against", choices=("trl", "generate"), help="TRL's DPOTrainer, or transformers'")
+    add("--hidden", type=arguments.count, help="width of its model, 128·n (default: 512)")
+    add("--layers", type=arguments.count, help="its layers; the ViT has half as many (default: 8)")
+    add("--image-tokens", type=arguments.count, nargs="+", metavar="N",
         help="of the image of --against (default: 400 1200)")
-    add("--json", type=Path, metavar="FILE", help="write the figures of --against to a file")
+    add("--json", type=Path, metavar="FILE", help="write the figures to a file")
     args = p.parse_args(argv)
-    if args.json and not args.against:
-        p.error("--json goes with --against")
-    args.hidden = args.hidden or (512 if args.against else 256)
-    args.layers = args.layers or (8 if args.against else 4)
+    foreign = OF_THE_TABLE if args.against else OF_AGAINST
+    for name in foreign:
+        if vars(args)[name] is not None:
+            p.error(f"--{name.replace('_', '-')} {'does not go' if args.against else 'goes'} with "
+                    "--against")
+    if args.size and args.base:
+        p.error("--size is of random weights, --base has its own; give one of them")
+    if (args.images and args.only != ["captions"]) or (args.seconds and not args.images):
+        p.error("--images goes with --only captions, and --seconds with --images")
+    for name, default in {**OF_AGAINST, "seconds": 0.25}.items():
+        vars(args)[name] = vars(args)[name] or default
     return args
 
 
-def random_model(args):
-    """Random weights and real lengths, but a ViT of 64 patches to keep the CPU's time bearable."""
-    hidden = args.hidden
-    vision = VisionConfig(image_size=112, patch_size=14, width=hidden // 2,
-                          layers=args.layers * 3 // 2, heads=hidden // 64, output_dim=hidden,
-                          image_start_id=START, n_queries=QUERIES)
-    config = Config(vocab_size=START + 8, hidden_size=hidden, num_hidden_layers=args.layers,
-                    num_attention_heads=hidden // 64, kv_channels=64,
-                    intermediate_size=hidden * 11 // 2, visual=vision)
-    torch.manual_seed(0)
-    return QwenVL(config).to(args.device)
+# ---------------------------------------------------------------- the model
+@dataclass
+class Setup:
+    """What the rows share: a model, the pictures of six views and what it makes of them."""
+    args: argparse.Namespace
+    device: torch.device
+    dtype: torch.dtype
+    lengths: Lengths
+    model: QwenVL
+    pictures: list
+    images: object
+
+    def clocked(self, run, *args):
+        """A contestant: run(*args), all of whose seconds count."""
+        return functools.partial(speed.seconds_of, self.device, functools.partial(run, *args))
 
 
-def prefix_of(n_more):
-    """Ids of six image spans and a prompt of n_more tokens."""
-    span = [START] + [START + 2] * QUERIES + [START + 1]
-    return span * VIEWS + list(range(n_more))
+def open_model(args, dtype, device, quantize):
+    """The base, or a model of random weights. InputError where it does not fit the memory."""
+    if args.base:
+        return open_base(args.base, dtype, device, quantize=quantize)
+    config, _ = SIZES[args.size]
+    tokenizer = Tokenizer(busy.TOY)         # a vocabulary of any size may hold its few ids
+    config.visual.image_start_id = tokenizer.image_start_id
+    with torch.device("meta"):
+        model = QwenVL(config, tokenizer)
+    if quantize:
+        int8.replace(model, [model.transformer.wte, model.lm_head])
+    weights.check_fits(model, f"--size {args.size}", dtype, device)
+    model.question_form = "{}"
+    return speed.fill_randomly(model, dtype, device).eval()
 
 
-def random_ids(n):
-    return torch.randint(0, 500, (n,)).tolist()
+def set_up(args):
+    torch.set_num_threads(args.threads)
+    device = weights.usable_device(args.device)
+    dtype = arguments.DTYPES.get(args.dtype) or weights.usual_dtype(device)
+    usual = "full" if device.type == "cuda" else "small"
+    args.size = args.size or (None if args.base else usual)
+    args.compile = device.type == "cuda" if args.compile is None else args.compile
+    model = open_model(args, dtype, device, args.quantize)
+    side, rng = model.image_size, np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+                for _ in range(VIEWS)]
+    return Setup(args, device, dtype, SIZES[args.size or usual][1], model, pictures,
+                 model.look(pictures))
 
 
-def compare(ours, plain, rounds, device):
-    """Median seconds of two functions, run in turn; the first run of each does not count."""
-    times = ([], [])
-    for number in range(rounds + 1):
-        for side, run in zip(times, (ours, plain)):
-            began = time.perf_counter()
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if number:
-                side.append(time.perf_counter() - began)
-    return [statistics.median(side) for side in times]
+def text_ids(model, n, word="red"):
+    """Ids of n tokens of text."""
+    return (model.answer(f" {word} circle") * n)[:n]
 
 
-# ---------------------------------------------------------------- what is timed
-def training_step(model, rows, device, reference_again=False):
-    """Forward and backward of packed rows, each a forward of its own."""
+# ---------------------------------------------------------------- rows of the language model
+def caption_steps(model, images, n, steps, compiled):
+    """Write n captions of `steps` tokens of one image -> the seconds of their decode steps."""
+    clock, how = Counter(), Sampling(n, steps, min_tokens=steps, past_context=True)
+    with mock.patch.object(slots, "loops", busy.ignored):
+        [(_, captions)] = stream(model, [(0, "image", images)], 1, how, clock,
+                                  compiled and model.packs)
+    assert all(caption["tokens"] == steps for caption in captions)
+    return clock["decode"]
+
+
+@torch.no_grad()
+def decode_calls(model, setup, n=1):
+    """The linear layers that a decode step of n samples calls, see speed.linear_calls."""
+    ids = torch.tensor([text_ids(model, 8)], device=setup.device)
+    cache, logits = prefill(model, ids, None, None, n, 2)
+    return speed.linear_calls(model, lambda: decode(model, cache, logits.argmax(-1)))
+
+
+def decode_contest(setup, model, rival_is, rival, compiled=False):
+    """A caption's decode steps against a rival's. Its first token comes from the prefill, so there
+    is one step fewer."""
+    n = setup.lengths.decoded
+    calls = decode_calls(model, setup) * (n - 1)
+    caption = functools.partial(caption_steps, model, setup.images, 1, n, setup.args.compile)
+    rival = functools.partial(caption_steps, rival, setup.images, 1, n, compiled)
+    return speed.Contest(rival_is, caption, rival, setup.clocked(speed.Bare(calls)),
+                         bytes_read=speed.weight_bytes(calls))
+
+
+def int8_row(setup):
+    if setup.args.quantize:
+        raise InputError("all rows have int8 weights; leave --quantize out")
+    model = open_model(setup.args, setup.dtype, setup.device, "int8")
+    return decode_contest(setup, model, str(setup.dtype).removeprefix("torch."), setup.model,
+                          setup.args.compile)
+
+
+def prefill_row(setup):
+    """The prompt's length in tokens of text: the vision tower has a row of its own."""
+    model = setup.model
+    n = len(model.caption_prompt(setup.images))
+    ids = torch.tensor([text_ids(model, n)], device=setup.device)
+    ours = torch.no_grad()(functools.partial(prefill, model, ids, None, None, 1, 1))
+    plain = torch.no_grad()(functools.partial(model, ids))
+    return speed.Contest("logits everywhere", setup.clocked(ours), setup.clocked(plain),
+                         setup.clocked(speed.Bare(speed.linear_calls(model, ours))),
+                         operations=speed.operations_of(ours))
+
+
+@torch.no_grad()
+def see(model, looks):
+    """The vision tower on each of what `look` gave."""
+    for look in looks:
+        if isinstance(model, QwenVL):
+            model.transformer.visual(look.to(model.device))
+        else:
+            ids = torch.tensor([model.head(look)], device=model.device)
+            model.hf.get_image_features(**model.inputs_of(ids, [look])[1])
+
+
+def vit_row(setup):
+    model = setup.model
+    one_by_one = [model.look([picture]) for picture in setup.pictures]
+    ours = functools.partial(see, model, [setup.images])
+    return speed.Contest("one view at a time", setup.clocked(ours),
+                         setup.clocked(see, model, one_by_one),
+                         setup.clocked(speed.Bare(speed.linear_calls(model, ours))),
+                         operations=speed.operations_of(ours))
+
+
+# ---------------------------------------------------------------- rows of many continuations
+def samples_row(setup):
+    model, steps = setup.model, setup.lengths.decoded
+    write = functools.partial(caption_steps, model, setup.images, steps=steps,
+                              compiled=setup.args.compile)
+    ids = torch.tensor([model.caption_prompt(setup.images)], device=setup.device)
+    views = data.together([setup.images])
+    first = torch.no_grad()(functools.partial(prefill, model, ids, views, None, 1, 1))
+    then = decode_calls(model, setup, N_SAMPLES) * (steps - 1)
+    return speed.Contest("one after the other", setup.clocked(write, N_SAMPLES),
+                         setup.clocked(lambda: [write(1) for _ in range(N_SAMPLES)]),
+                         setup.clocked(speed.Bare(speed.linear_calls(model, first) + then)),
+                         speed.weight_bytes(then), speed.operations_of(first))
+
+
+def questions_row(setup):
+    nouns = [f"{color} {shape}" for color in world.COLORS for shape in world.SHAPES]
+    texts = [setup.lengths.question.format(nouns[k % len(nouns)])
+             for k in range(setup.lengths.questions)]
+    ask = functools.partial(yes_probability, setup.model, setup.images)
+    ours = functools.partial(ask, texts)
+    return speed.Contest("one after the other", setup.clocked(ours),
+                         setup.clocked(lambda: [ask([text]) for text in texts]),
+                         setup.clocked(speed.Bare(speed.linear_calls(setup.model, ours))),
+                         operations=speed.operations_of(ours))
+
+
+# ---------------------------------------------------------------- rows of training
+def rows_of_pair(model, images, captions, n_rows):
+    """A chosen and a rejected caption (lists of ids) of an image, in one row or in two."""
+    parts = [captions] if n_rows == 1 else [[caption] for caption in captions]
+    prompt = model.caption_prompt(images)
+    return [{**pack(prompt, together), "views": images} for together in parts]
+
+
+def pair_loss(model, rows, captions, reference, beta=BETA):
+    """dpo.py's loss of a pair in one row or two; reference: log-probs of both captions."""
+    logps = caption_logps(model, rows, model.tokenizer.eos_id, model.device).view(1, 2)
+    pair = {"drawn": [0], "lengths": [len(caption) for caption in captions],
+            "ref_chosen": reference[0], "ref_rejected": reference[1:]}
+    options = SimpleNamespace(loss="dpo", beta=beta, ce=1.0)
+    losses, _ = pair_losses(options, pair_up(logps, [pair]), None)
+    return losses.sum()
+
+
+def reference_logps(model, rows):
+    """Log-probs of the captions of rows by the bare base."""
+    with torch.no_grad(), adapters.active(model, []):
+        return caption_logps(model, rows, model.tokenizer.eos_id, model.device).flatten().tolist()
+
+
+def ready_to_train(model):
+    """Attach adapters if there are none yet, and set the model up as dpo.py does."""
+    if "caption" not in model.attached:
+        adapters.attach(model, "caption")
     model.train()
-    if reference_again:
-        with torch.no_grad():
-            for row in rows:
-                caption_logps(model, [row], START, device)
-    sum(caption_logps(model, [row], START, device).sum() for row in rows).backward()
+    model.checkpointing = True
+
+
+def training_step(model, rows, captions, reference):
+    """Forward and backward; reference None runs it again."""
+    pair_loss(model, rows, captions, reference or reference_logps(model, rows)).backward()
     model.zero_grad(set_to_none=True)
 
 
-@torch.no_grad()
-def decode_samples(model, images, ids, at_once, times):
-    """`at_once` samples of SAMPLE tokens on one prefix, so many times."""
-    model.eval()
-    for _ in range(times):
-        cache, logits = prefill(model, ids, images, None, at_once, SAMPLE)
-        for _ in range(SAMPLE):
-            logits = decode(model, cache, logits.argmax(-1))
+def training_row(setup, rival_is, n_rows, cached):
+    """A step on a packed pair, whose reference is known, against another one."""
+    model, n = setup.model, setup.lengths.caption
+    ready_to_train(model)
+    captions = [text_ids(model, n), text_ids(model, n, "blue")]
+    packed, rivals = (rows_of_pair(model, setup.images, captions, k) for k in (1, n_rows))
+    known = reference_logps(model, packed)
+    ours = functools.partial(training_step, model, packed, captions, known)
+    sizes = []
+    hook = model.output_layer.register_forward_hook(lambda layer, x, y: sizes.append(y.numel()))
+    operations = speed.operations_of(ours)
+    hook.remove()
+    rival = setup.clocked(training_step, model, rivals, captions, known if cached else None)
+    facts = {"loss": [pair_loss(model, rows, captions, known).item() for rows in (packed, rivals)],
+             "logits_megabytes": max(sizes) * 4 / 1e6}
+    return speed.Contest(rival_is, setup.clocked(ours), rival, operations=operations, facts=facts)
 
 
-@torch.no_grad()
-def ask(model, images, rows, device):
-    """Rows of questions, those of a row packed behind one prefix."""
-    model.eval()
-    prefix = prefix_of(0)
-    for row in rows:
-        ids = torch.tensor([prefix + [i for question in row for i in question]], device=device)
-        lengths = torch.tensor([len(prefix)] + [QUESTION] * len(row), device=device)
-        branch = torch.arange(len(lengths), device=device).repeat_interleave(lengths)[None]
-        model(ids, images, branch=branch, positions=lengths.cumsum(0)[1:] - 1)
+def captions_row(setup):
+    lengths = setup.lengths
+    ours, rival, bare = busy.ways(lengths.images, lengths.short, setup.device)
+    return speed.Contest("batches that wait", *map(setup.clocked, (ours, rival, bare)))
 
 
-# ---------------------------------------------------------------- the comparisons: (ours, plain)
-def pairs(model, images, device):
-    captions = [random_ids(CAPTION) for _ in range(2)]
-    packed = {**pack(prefix_of(PROMPT), captions), "views": images}
-    separate = [{**pack(prefix_of(PROMPT), [caption]), "views": images} for caption in captions]
-    step = functools.partial(training_step, model, device=device)
-    return functools.partial(step, [packed]), functools.partial(step, separate)
+ROWS = {"decode": lambda setup: decode_contest(setup, setup.model, "eager loop", setup.model),
+        "int8": int8_row, "prefill": prefill_row, "vit": vit_row,
+        "samples": samples_row, "questions": questions_row,
+        "pairs": functools.partial(training_row, rival_is="two rows", n_rows=2, cached=True),
+        "reference": functools.partial(training_row, rival_is="reference run again", n_rows=1,
+                                       cached=False),
+        "captions": captions_row}
 
 
-def reference(model, images, device):
-    captions = [random_ids(CAPTION) for _ in range(2)]
-    row = {**pack(prefix_of(PROMPT), captions), "views": images}
-    step = functools.partial(training_step, model, [row], device)
-    return step, functools.partial(step, reference_again=True)
-
-
-def samples(model, images, device):
-    ids = torch.tensor([prefix_of(PROMPT)], device=device)
-    run = functools.partial(decode_samples, model, images, ids)
-    return functools.partial(run, N_SAMPLES, 1), functools.partial(run, 1, N_SAMPLES)
-
-
-def questions(model, images, device):
-    asked = [random_ids(QUESTION) for _ in range(N_QUESTIONS)]
-    run = functools.partial(ask, model, images, device=device)
-    return functools.partial(run, [asked]), functools.partial(run, [[one] for one in asked])
-
-
-# ---------------------------------------------------------------- many captions
-class Uneven(generate.Batch):
-    """A batch of images, by number, whose captions end where they are meant to."""
-
-    def draw(self):
-        """The cost of drawing tokens, and then others: an end, or one that makes no loop."""
-        super().draw()
-        wanted = [SHORT * (5 if member and member.item % 10 == 0 else 1) for member in self.members]
-        eos = self.model.tokenizer.eos_id
-        return torch.tensor([eos if t >= end else t for t, end in zip(self.cache.used, wanted)],
-                            device=self.model.device)
-
-
-class Waiting(Uneven):
-    """A batch that decodes finished captions along until the longest has ended."""
-
-    def take(self, slots):
-        """No slot is given up."""
-
-
-def captions(model, images, device):
-    """320 images in slots, and in batches of as many images as there are slots."""
-    model = open_base(TOY, device=device)
-    views = model.look([Image.new("RGB", (model.image_size,) * 2)] * VIEWS)
-    named = [(k, str(k), views) for k in range(320)]
-    how = Sampling(1, 5 * SHORT + 1, temperature=0.0)
-    batches = [named[start:start + SLOTS] for start in range(0, len(named), SLOTS)]
-
-    def run(kind, parts):
-        with mock.patch.object(generate, "Batch", kind):
-            for part in parts:
-                for _ in stream(model, part, SLOTS, how):
-                    pass
-
-    return functools.partial(run, Uneven, [named]), functools.partial(run, Waiting, batches)
-
-
-def photographs(args):
-    """How busy a device that takes --seconds an image is kept, decoding ahead and in line."""
-    images = [path for path, _ in find_images([args.images])]
-    model = open_base(TOY)
-    for workers in (2, 0):
-        see = functools.partial(seen_by, model)
-        began, busy = time.perf_counter(), 0.0
-        for batch in data.ahead(images, see, workers, 4):
-            time.sleep(args.seconds * len(batch))
-            busy += args.seconds * len(batch)
-        share = busy / (time.perf_counter() - began)
-        print(f"photographs  {workers} processes: {len(images)} images, the device is busy "
-              f"{share:.1%} of the time", flush=True)
-
-
-def ranks(args):
-    """Seconds of caption.py on toy scenes, by one process and by two, with the time to start."""
-    seconds = {}
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        world.draw_scenes(folder / "scenes", range(RANK_SCENES))
-        for n in (1, 2):
-            command = [sys.executable, "caption.py", str(folder / "scenes"), "--base", TOY,
-                       "--adapters", "none", "--out", str(folder / f"out-{n}")]
-            began = time.perf_counter()
-            running = [subprocess.Popen(command, cwd=Path(__file__).parent, env={
-                **os.environ, "RANK": str(rank), "WORLD_SIZE": str(n), "OMP_NUM_THREADS": "1"},
-                stderr=subprocess.DEVNULL) for rank in range(n)]
-            if any(process.wait() for process in running):
-                raise InputError("caption.py failed")
-            seconds[n] = time.perf_counter() - began
-    print(f"ranks        one {seconds[1]:.1f} s   two {seconds[2]:.1f} s   one / two "
-          f"{seconds[1] / seconds[2]:.2f}", flush=True)
-
-
-BENCHES = {"pairs": pairs, "reference": reference, "samples": samples, "questions": questions,
-           "captions": captions}
-
-
-def next_to_plain(args):
-    """Run and print the comparisons of BENCHES."""
-    torch.set_num_threads(args.threads)
-    model = random_model(args)
-    images = torch.randn(VIEWS, 3, 112, 112, device=args.device)
-    numbers = sum(p.numel() for p in model.parameters())
-    print(f"{numbers / 1e6:.1f} M parameters, prefix {len(prefix_of(PROMPT))} tokens, "
-          f"{args.device}, {args.threads} threads")
-    for name, make in BENCHES.items():
-        if args.only in (None, name):
-            sides = make(model, images, args.device)
-            ours, plain = compare(*sides, args.rounds, args.device)
-            print(f"{name:10} ours {ours:8.3f} s   plain {plain:8.3f} s   plain / ours "
-                  f"{plain / ours:5.2f}", flush=True)
-    if args.only == "captions":
-        ranks(args)
-        if args.images:
-            photographs(args)
-    return 0
+# ---------------------------------------------------------------- the table
+def table(args):
+    """Measure and print the rows -> what --json writes."""
+    setup = set_up(args)
+    numbers = sum(p.numel() for p in setup.model.parameters())
+    limits = speed.copy_bandwidth(setup.device), speed.matrix_rate(setup.device, setup.dtype)
+    print(f"{args.base or args.size}: {numbers / 1e6:.0f} M parameters, {args.quantize or ''} "
+          f"{setup.dtype}, {setup.device}, {args.threads} threads; a prompt of "
+          f"{len(setup.model.caption_prompt(setup.images))} tokens")
+    print(speed.heading(limits), flush=True)
+    rows, targets = {}, TARGETS[setup.device.type]
+    for name in ROWS:
+        if name not in (args.only or ROWS):
+            continue
+        try:
+            with weights.enough_memory(f"the row {name}; leave it out with --only"):
+                rows[name] = speed.held(ROWS[name](setup), args.rounds, setup.device, limits)
+            print(speed.line(name, rows[name], targets.get(name, "")), flush=True)
+        except InputError as error:
+            rows[name] = {"error": str(error)}
+            print(f"bench.py: {name}: {error}", file=sys.stderr)
+        weights.release_memory(setup.device)
+    if args.only == ["captions"]:
+        rows["ranks"] = busy.ranks()
+        print("ranks: " + ", ".join(f"{n} in {s:.1f} s" for n, s in rows["ranks"].items()))
+    if args.images:
+        rows["photographs"] = busy.photographs(args.images, args.seconds)
+        print("photographs: " + ", ".join(f"{n} processes keep the device busy {share:.1%} of the "
+                                          "time" for n, share in rows["photographs"].items()))
+    return {"versions": speed.versions(), "parameters": numbers, "seed": 0,
+            "bandwidth": limits[0], "rate": limits[1], "rows": rows}
 
 
 # ---------------------------------------------------------------- next to other people's code
@@ -302,27 +392,20 @@ def open_peer(job):
 def train_pair(n_rows, job, turns):
     """A contestant: training steps on a pair of captions, in one row or in two."""
     model, images = open_peer(job)
-    trained = [model.get_parameter(name) for name in adapters.attach(model, "caption")]
+    ready_to_train(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6)
-    model.train()
-    model.checkpointing = True
-    prompt, eos = model.caption_prompt(images), model.tokenizer.eos_id
-    captions = [[*model.answer(text), eos] for text in job.captions]
-    packs = [captions] if n_rows == 1 else [[caption] for caption in captions]
-    rows = [{**pack(prompt, together), "views": images} for together in packs]
+    captions = [[*model.answer(text), model.tokenizer.eos_id] for text in job.captions]
+    rows = rows_of_pair(model, images, captions, n_rows)
     turns.facts = {"trained": sum(p.numel() for p in trained),
                    "tokens": sum(len(row["ids"]) for row in rows)}
-    options = SimpleNamespace(loss="dpo", beta=job.beta, ce=1.0)
     while True:
-        with turns, torch.no_grad(), adapters.active(model, []):
-            reference = caption_logps(model, rows, eos, job.device).flatten().tolist()
-        pair = {"drawn": [0], "lengths": [len(caption) for caption in captions],
-                "ref_chosen": reference[0], "ref_rejected": reference[1:]}
         with turns:
-            logps = caption_logps(model, rows, eos, job.device).view(1, 2)
-            losses, _ = pair_losses(options, pair_up(logps, [pair]), None)
-            losses.sum().backward()
-            turns.facts["loss"] = losses.item()
+            reference = reference_logps(model, rows)
+        with turns:
+            loss = pair_loss(model, rows, captions, reference)
+            loss.backward()
+            turns.facts["loss"] = loss.item()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -338,97 +421,29 @@ def caption(job, turns):
         assert all(caption["tokens"] == job.sample for caption in captions)
 
 
-def summary(parts):
-    """{part: reports} -> a contestant's median seconds, peak memory and other facts."""
-    *_, last_part = parts.values()
-    seconds = {part: statistics.median(report["seconds"] for report in reports[1:])
-               for part, reports in parts.items()}
-    facts = {"loss": last_part[0]["loss"]} if "loss" in last_part[0] else {}    # the warm-up's
-    return {**last_part[-1], **facts, "seconds": seconds}
-
-
-def ratios(ours, other):
-    """How many times as long, all parts and the last one alone, and how much memory."""
-    *_, (part, ours_last) = ours["seconds"].items()
-    return {"all seconds": sum(other["seconds"].values()) / sum(ours["seconds"].values()),
-            f"{part} seconds": other["seconds"][part] / ours_last,
-            "megabytes": other["megabytes"] / ours["megabytes"]}
-
-
-def show(n_tokens, figures):
-    """Print the figures of one size of image, the first contestant's first."""
-    print(f"image of {n_tokens} tokens")
-    ours = next(iter(figures.values()))
-    for name, row in figures.items():
-        parts = "   ".join(f"{part} {s:7.3f} s" for part, s in row["seconds"].items())
-        facts = [f"{row['tokens']} tokens"]
-        facts += [f"{row['trained'] / 1e6:.2f} M trained, first loss {row['loss']:.4f}"
-                  ] if "loss" in row else []
-        print(f"  {name:15} {parts:>36}   + {row['megabytes']:5.0f} MB   {', '.join(facts)}")
-    for name, row in list(figures.items())[1:]:
-        times = "   ".join(f"{key} {x:5.2f}" for key, x in ratios(ours, row).items())
-        print(f"  {name} / {next(iter(figures))}: {times}", flush=True)
-
-
-def hardware(args):
-    """What the figures were measured on."""
-    if args.device != "cpu":
-        return {"gpu": torch.cuda.get_device_name(), "threads": args.threads}
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {"cpu": names[0] if names else platform.processor(), "threads": args.threads}
-
-
-def against(args, argv):
-    """Run, print and write the comparison of --against. InputError where a package is missing."""
-    needed = NEEDED[args.against]
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise InputError(f"--against {args.against} needs {', '.join(missing)}; pip install "
-                         f"{' '.join(missing)}")
+def against(args):
+    """Run and print the comparison of --against -> what --json writes."""
     from plumbing import peers  # here, since it imports transformers
 
     both = ("reference", "step")
-    contestants = {
-        "trl": {"packed": (functools.partial(train_pair, 1), both),
-                "two rows": (functools.partial(train_pair, 2), both),
-                "trl": (functools.partial(peers.train_trl, peers.ALL_LINEAR), ("step",)),
-                "trl, our places": (functools.partial(peers.train_trl, peers.AS_ADAPTERS),
-                                    ("step",))},
-        "generate": {"one prefix": (caption, ("captions",)),
-                     "generate": (peers.generate, ("captions",))}}[args.against]
-    figures = {}
-    with tempfile.TemporaryDirectory() as folder:
-        numbers, words = peers.write_base(folder, args.hidden, args.layers)
-        print(f"Qwen2.5-VL of {numbers / 1e6:.1f} M parameters, {args.device}, {args.threads} "
-              "threads", flush=True)
-        texts = [words[i::3] for i in range(3)]
-        job = SimpleNamespace(
-            folder=folder, device=args.device, threads=args.threads, rounds=args.rounds, beta=BETA,
-            dtype=weights.usual_dtype(torch.device(args.device)), n_samples=N_SAMPLES,
-            sample=PEER_SAMPLE, request=" ".join(texts[0][:PEER_PROMPT]),
-            captions=["".join(f" {word}" for word in text[:PEER_CAPTION - 1])
-                      for text in texts[1:]])
-        for job.n_tokens in args.image_tokens:
-            job.picture = peers.picture(job.n_tokens)
-            reports = peers.race(contestants, job)
-            figures[job.n_tokens] = {name: summary(parts) for name, parts in reports.items()}
-            show(job.n_tokens, figures[job.n_tokens])
-    if args.json:
-        command = ["python", "bench.py", *(sys.argv[1:] if argv is None else argv)]
-        versions = {name: version(name) for name in ("torch", "transformers", *needed)}
-        result = {"command": shlex.join(command), "hardware": hardware(args), "figures": figures,
-                  "versions": {"python": platform.python_version(), **versions}}
-        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    return 0
+    contestants = {"trl": {"packed": (functools.partial(train_pair, 1), both),
+                           "two rows": (functools.partial(train_pair, 2), both)},
+                   "generate": {"one prefix": (caption, ("captions",))}}
+    return peers.compare(args, contestants[args.against], BETA, N_SAMPLES)
 
 
 def main(argv=None):
     args = parse_args(argv)
     try:
-        return against(args, argv) if args.against else next_to_plain(args)
+        result = against(args) if args.against else table(args)
     except InputError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 1
+    if args.json:
+        command = shlex.join(["python", "bench.py", *(sys.argv[1:] if argv is None else argv)])
+        hardware = speed.hardware(torch.device(args.device), args.threads)
+        files.write_json(args.json, {"command": command, "hardware": hardware, **result})
+    return int(any("error" in row for row in result.get("rows", {}).values()))
 
 
 if __name__ == "__main__":

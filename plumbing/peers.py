@@ -1,18 +1,27 @@
-"""What bench.py needs to be compared with others: a small random Qwen2.5-VL, a process for each
-contestant in which its time and memory are measured, and TRL and transformers' generate as
-contestants."""
-import contextlib
-import ctypes
+"""bench.py --against: next to other people's code, on a random Qwen2.5-VL and one image of 400
+tokens, then of 1,200.
+
+Each contestant has a process of its own, and they take turns. Images are prepared beforehand.
+Memory is the peak above the loaded model.
+
+trl         forward and backward of a pair, with gradient checkpointing: captions of 60 tokens
+            packed | as two rows | by TRL's DPOTrainer with loss_type ["sigmoid", "sft"]. It trains
+            LoRA of the size of our adapters: all-linear, as in TRL's example for vision models, or
+            only where our adapters stand. It runs the reference in every step, since it caches
+            none for images. Here that is done once for each caption, and timed apart.
+generate    8 captions of 64 tokens on one prefix | by model.generate(num_return_sequences=8)
+"""
 import functools
-import gc
+import importlib.util
 import math
 import multiprocessing
 import random
 import re
-import sys
+import statistics
+import tempfile
 import time
 import warnings
-from pathlib import Path
+from types import SimpleNamespace
 
 import tokenizers
 import torch
@@ -20,8 +29,15 @@ import transformers as tf
 from PIL import Image
 from torch import nn
 
+from plumbing import weights
 from plumbing.errors import InputError
+from plumbing.speed import peak_memory, reset_peak, versions, wait_for
 
+NEEDED = {"trl": ("torchvision", "trl", "peft", "accelerate", "datasets"),
+          "generate": ("torchvision",)}
+# Tokens of a prompt's text, of a caption that is trained on, its end token among them, and of one
+# that is written.
+PROMPT, CAPTION, SAMPLE = 20, 60, 64
 VOCABULARY = 4096
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
            "<|image_pad|>", "<|video_pad|>")
@@ -90,39 +106,12 @@ def picture(n_tokens):
     return Image.fromarray((noise * 255).byte().numpy())
 
 
-# ---------------------------------------------------------------- memory
-def peak_memory(device):
-    """The most bytes since reset_peak; on a CPU that cannot reset it, of the process's life."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource  # here, since Windows lacks it
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024)
-
-
-def reset_peak(device):
-    """Forget the peak so far, and hand back what is free -> bytes in use."""
-    gc.collect()
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return peak_memory(device)
-
-
 # ---------------------------------------------------------------- contestants take turns
 class Turns:
     """`with turns:` waits for this contestant's turn, times what is inside, and reports it."""
 
     def __init__(self, connection, device):
-        self.connection, self.device = connection, device
+        self.connection, self.device = connection, torch.device(device)
         self.at_rest = 0        # bytes in use between turns
         self.facts = {}         # what else to report
 
@@ -135,8 +124,7 @@ class Turns:
 
     def __exit__(self, kind, error, traceback):
         if error is None:
-            if self.device != "cpu":
-                torch.cuda.synchronize()
+            wait_for(self.device)
             seconds = time.perf_counter() - self.began
             megabytes = (peak_memory(self.device) - self.at_rest) / 1e6
             self.connection.send({**self.facts, "seconds": seconds, "megabytes": megabytes})
@@ -272,3 +260,70 @@ def generate(job, turns):
                               top_k=0, max_new_tokens=job.sample, min_new_tokens=job.sample,
                               suppress_tokens=never)
         assert ids.shape == (job.n_samples, n + job.sample)
+
+
+# ---------------------------------------------------------------- figures
+def summary(parts):
+    """{part: reports} -> a contestant's median seconds, peak memory and other facts."""
+    *_, last_part = parts.values()
+    seconds = {part: statistics.median(report["seconds"] for report in reports[1:])
+               for part, reports in parts.items()}
+    facts = {"loss": last_part[0]["loss"]} if "loss" in last_part[0] else {}    # the warm-up's
+    return {**last_part[-1], **facts, "seconds": seconds}
+
+
+def ratios(ours, other):
+    """How many times as long, all parts and the last one alone, and how much memory."""
+    *_, (part, ours_last) = ours["seconds"].items()
+    return {"all seconds": sum(other["seconds"].values()) / sum(ours["seconds"].values()),
+            f"{part} seconds": other["seconds"][part] / ours_last,
+            "megabytes": other["megabytes"] / ours["megabytes"]}
+
+
+def show(n_tokens, figures):
+    """Print the figures of one size of image, the first contestant's first."""
+    print(f"image of {n_tokens} tokens")
+    ours = next(iter(figures.values()))
+    for name, row in figures.items():
+        parts = "   ".join(f"{part} {s:7.3f} s" for part, s in row["seconds"].items())
+        facts = [f"{row['tokens']} tokens"]
+        facts += [f"{row['trained'] / 1e6:.2f} M trained, first loss {row['loss']:.4f}"
+                  ] if "loss" in row else []
+        print(f"  {name:15} {parts:>36}   + {row['megabytes']:5.0f} MB   {', '.join(facts)}")
+    for name, row in list(figures.items())[1:]:
+        times = "   ".join(f"{key} {x:5.2f}" for key, x in ratios(ours, row).items())
+        print(f"  {name} / {next(iter(figures))}: {times}", flush=True)
+
+
+def compare(args, contestants, beta, n_samples):
+    """Race bench.py's contestants {name: (run, parts)} against those of --against, and print it.
+
+    -> versions, and figures {image tokens: {name: figures}}. InputError where a package is missing.
+    """
+    needed = NEEDED[args.against]
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        raise InputError(f"--against {args.against} needs {', '.join(missing)}; pip install "
+                         f"{' '.join(missing)}")
+    if args.against == "generate":
+        contestants["generate"] = (generate, ("captions",))
+    else:
+        contestants["trl"] = (functools.partial(train_trl, ALL_LINEAR), ("step",))
+        contestants["trl, our places"] = (functools.partial(train_trl, AS_ADAPTERS), ("step",))
+    figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        numbers, words = write_base(folder, args.hidden, args.layers)
+        print(f"Qwen2.5-VL of {numbers / 1e6:.1f} M parameters, {args.device}, {args.threads} "
+              "threads", flush=True)
+        texts = [words[i::3] for i in range(3)]
+        job = SimpleNamespace(
+            folder=folder, device=args.device, threads=args.threads, rounds=args.rounds, beta=beta,
+            dtype=weights.usual_dtype(weights.usable_device(args.device)), n_samples=n_samples,
+            sample=SAMPLE, request=" ".join(texts[0][:PROMPT]),
+            captions=["".join(f" {word}" for word in text[:CAPTION - 1]) for text in texts[1:]])
+        for job.n_tokens in args.image_tokens:
+            job.picture = picture(job.n_tokens)
+            reports = race(contestants, job)
+            figures[job.n_tokens] = {name: summary(parts) for name, parts in reports.items()}
+            show(job.n_tokens, figures[job.n_tokens])
+    packages = ("torch", "transformers", *needed)
+    return {"versions": versions(packages), "figures": figures}
