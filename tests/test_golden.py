@@ -872,10 +872,10 @@ def test_the_views_are_those_of_the_captioner(made, tmp_path, forwards, monkeypa
     qa = with_views(made.qa, tmp_path / "qa", LAYOUTS["one"])
     shapes = []
 
-    def recording(model, images, *args):
+    def recording(model, images, *args, **kwargs):
         images = list(images)
         shapes.append(tuple(torch.stack([views for *_, views in images]).shape))
-        return golden_stream(model, images, *args)
+        return golden_stream(model, images, *args, **kwargs)
 
     golden_stream = golden.stream
     monkeypatch.setattr(golden, "stream", recording)
