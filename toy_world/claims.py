@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from plumbing import files
 from plumbing.errors import InputError
-from toy_world import competence, experiments
+from toy_world import competence, experiments, stopping
 from toy_world.lab import Lab, both_f1
 
 
@@ -235,7 +235,15 @@ def competence_answers(seeds):
                                 "F1")):
             arms = (f"golden 1 by {name}, DPO + CE, {rung}" for name in (competence.GATE, rule))
             answers[rung][question] = above(seeds, *arms, f1=lambda figures: figures["f1"])
+        answers[rung] |= stopping.losses_of_rules(seeds, "DPO + CE", rung)
     return answers
+
+
+def tuning_answers(seeds):
+    """What the rules that stop without truth lose on the rungs that all seeds have."""
+    return {rung: stopping.losses_of_rules(seeds, "DPO + CE", rung)
+            for rung in competence.TUNING_RUNGS
+            if all(f"SFT, {rung}" in figures for figures in seeds)}
 
 
 def competence_reproduces(seeds):
@@ -313,7 +321,7 @@ CLAIMS = {
                        experiments.narrowing, narrowing_reproduces),
     "tuning": Claim("(ours, the seeds on which the gate was chosen) a stricter gate is better",
                     competence.tuning, tuning_reproduces, (100, 101, 102),
-                    competence.TUNING_RUNGS),
+                    competence.TUNING_RUNGS, tuning_answers),
     "threshold": Claim("(ours) the threshold is a dial from recall to precision, for golden "
                        "captions and for the captioner that learns from them",
                        competence.threshold, threshold_reproduces),
