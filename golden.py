@@ -22,8 +22,8 @@ exchange files. Each can be stopped at any moment and resumed with any number of
 What the source, the blog post ATAC-Qwen-VL, leaves open:
  1. a statement is kept if its P(yes) reaches the threshold that qa_adapter.py calibrated; a golden
     caption has at least two (--min-statements)
- 2. of statements that exclude each other at most one is kept, the one with the highest P(yes);
-    --no-resolve keeps all that pass
+ 2. of statements that exclude each other at most one is kept, the one with the highest P(yes), and
+    only with half of their sum; --no-resolve keeps all that pass
  3. the rejected side is the samples as they are: one that loops or is cut off keeps its loop and
     gets no end token, so that training lowers the probability of the loop and not of ending
  4. without a QA adapter the bare base answers, whoever captions: a judge that no round changes. Its
@@ -77,11 +77,13 @@ def parse_args(argv):
         help="longest caption, in tokens; left out, as long as the context allows")
     add("--seed", type=int, default=0, help="of sampling")
     add("--threshold", type=arguments.probability,
-        help="lowest P(yes) of a statement that is kept; left out, as calibrated")
+        help="lowest P(yes) of a statement that is kept, a dial from recall (low) to precision "
+        "(high); left out, as calibrated")
     add("--min-votes", type=arguments.count, default=1,
         help="samples that must contain a statement that is kept")
     add("--resolve", action=argparse.BooleanOptionalAction, default=True,
-        help="keep at most one of the statements that exclude each other")
+        help="keep at most one of the statements that exclude each other, and none where several "
+        "are about equally likely")
     add("--min-statements", type=arguments.count, default=2, help="fewest in a golden caption")
     add("--retry-errors", action="store_true", help="redo the images that ended in an error")
     add("--batch", type=arguments.count,

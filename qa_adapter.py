@@ -15,7 +15,8 @@ the image embeddings towards itself, and below the captioning adapters, which st
 frozen. What the source, the blog post ATAC-Qwen-VL, leaves open:
  1. "below" = nearer the base: sublayer -> QA adapter -> caption adapter -> residual
  2. the prompt is the base's own form, Qwen-VL's `{question} Answer:`, without the soft prompt
- 3. the threshold on P(yes) is the one with the best F1 on held-out questions (see calibrate)
+ 3. the threshold on P(yes) is the one with the best F.5 on held-out questions, in which precision
+    counts twice as much as recall (see generate.calibrate)
 """
 import argparse
 import functools

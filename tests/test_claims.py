@@ -29,7 +29,7 @@ from toy_world import experiments as toy_experiments
 from toy_world import gate_rules as toy_gate_rules
 from toy_world import lab as toy_lab
 from toy_world import steps as toy_steps
-from toy_world import world
+from toy_world import verdicts, world
 from toy_world.claims import (
     CLAIMS,
     Claim,
@@ -112,7 +112,13 @@ def competence_figures(rung="1500 steps", **changes):
     }
     figures = {f"{arm}, {rung}": judged(f1) for arm, f1 in f1s.items()}
     for rule, f1 in (("vote of 2", 0.7), ("F1", 0.8), (toy_competence.GATE, 0.9)):
-        figures.setdefault(f"golden 1 by {rule}, DPO + CE, {rung}", {"f1": f1})
+        figures[f"golden 1 by {rule}, DPO + CE, {rung}"] = {"f1": f1}
+    signs = {"P(yes)": 0.9, "share kept": 0.8, "agreement": 0.7, "kept": 6}
+    signs |= {f"{way}{key}": 5 for way in ("", "sampled ") for key in ("stated", "believed")}
+    for k in (1, 2, 3):
+        figures[f"round {k}, DPO + CE, {rung}"]["held-out loss"] = 0.1 * k
+        figures[f"signs of round {k}, DPO + CE, {rung}"] = signs
+    figures[f"signs of SFT, DPO + CE, {rung}"] = signs | {"believed": 3}
     return figures
 
 
@@ -344,18 +350,21 @@ def test_a_repeatable_loss_collapses_with_no_seed_and_gives_the_same_f1(f1s, exp
 )
 def test_an_arm_is_above_another_if_it_is_with_every_seed_and_by_a_margin(f1s, expected):
     seeds = [{"one": judged(f1), "other": judged(0.6)} for f1 in f1s]
-    assert toy_claims.above(seeds, "one", "other") == expected
+    assert verdicts.above(seeds, "one", "other") == expected
 
 
 def test_a_rung_is_answered_for_once_all_seeds_have_it():
     whole = competence_figures() | competence_figures("2000 steps", **{"round 3, DPO + CE": 0.9})
-    answers = toy_claims.competence_answers([whole, whole])
+    answers = verdicts.competence_answers([whole, whole])
     assert list(answers) == ["1500 steps", "2000 steps"]
-    assert set(answers["1500 steps"].values()) == {"yes"}
+    words = [answer for answer in answers["1500 steps"].values() if isinstance(answer, str)]
+    assert len(words) > 5 and set(words) == {"yes"}
+    lost = answers["1500 steps"]["F1, greedy + sampled, lost by always round 1"]
+    assert lost == pytest.approx(2 * (0.96 - 0.92))
     assert [question for question, answer in answers["2000 steps"].items() if answer == "no"] == [
         "round 3 adds to round 2"
     ]
-    assert list(toy_claims.competence_answers([whole, competence_figures()])) == ["1500 steps"]
+    assert list(verdicts.competence_answers([whole, competence_figures()])) == ["1500 steps"]
 
 
 # ---------------------------------------------------------------- results
