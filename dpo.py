@@ -38,7 +38,7 @@ from chunking import LAYOUTS, seen_by
 from generate import room_left, sample
 from plumbing import arguments, data, scoring, train
 from plumbing.errors import InputError
-from plumbing.parts import PADDING
+from plumbing.parts import PADDING, moved
 
 LOSSES = ("dpo", "hinge", "ipo", "kto", "none")
 FIGURES = ("preference_loss", "nll_loss", "rewards/chosen", "rewards/rejected", "rewards/margins",
@@ -122,15 +122,15 @@ def caption_logps(model, examples, eos_id, device):
 
     C is the largest number of captions of an example; missing captions are 0.
     """
-    ids = data.padded(examples, "ids", eos_id, device)                               # (B, L)
-    lengths = torch.tensor([len(example["ids"]) for example in examples], device=device)
-    mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+    ids = data.padded(examples, "ids", eos_id)                                       # (B, L)
+    lengths = torch.tensor([len(example["ids"]) for example in examples])
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
     images = data.together([example["views"] for example in examples])
-    logps = model(ids, images, mask, branch=data.padded(examples, "branch", 0, device),
-                  positions=data.padded(examples, "positions", 0, device),
-                  logp_of=data.padded(examples, "targets", PADDING, device))    # 0 at padding
+    logps = model(ids, images, mask, branch=data.padded(examples, "branch", 0),
+                  positions=data.padded(examples, "positions", 0),
+                  logp_of=data.padded(examples, "targets", PADDING))            # 0 at padding
     n_captions = 1 + max(max(example["owner"]) for example in examples)
-    owner = data.padded(examples, "owner", 0, device)
+    owner = moved(data.padded(examples, "owner", 0), device)
     return logps.new_zeros(len(examples), n_captions).scatter_add(1, owner, logps)
 
 

@@ -150,7 +150,7 @@ def learn(args, ranks):
     for step in run.steps():
         n_targets = ranks.sum(data.count_targets(step.examples))
         for examples in step.micro_batches():
-            logp = policy(**data.collate(examples, eos, ranks.device))          # (B, K)
+            logp = policy(**data.collate(examples, eos))                        # (B, K)
             loss = -logp.sum() / n_targets
             (loss * ranks.world).backward()     # DDP averages over ranks; a sum is meant
             step.log(loss=loss)

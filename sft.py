@@ -117,7 +117,7 @@ def held_out_loss(model, ranks, examples):
     """-log p per target token of this and all other ranks' held-out examples -> {name: value}."""
     nll, n = 0.0, 0
     for example in examples:
-        logp = model(**data.collate([example], model.tokenizer.eos_id, ranks.device))
+        logp = model(**data.collate([example], model.tokenizer.eos_id))
         nll -= logp.sum().item()
         n += data.count_targets([example])
     nll, n = ranks.sums([nll, n])
@@ -168,7 +168,7 @@ def learn(args, ranks):
     for step in run.steps():
         n_targets = ranks.sum(data.count_targets(step.examples))
         for examples in step.micro_batches():
-            logp = policy(**data.collate(examples, eos, ranks.device))          # (B, K)
+            logp = policy(**data.collate(examples, eos))                        # (B, K)
             loss = -logp.sum() / n_targets
             (loss * ranks.world).backward()     # DDP averages over ranks; a sum is meant
             step.log(loss=loss)
