@@ -239,8 +239,9 @@ def pair_up(logps, examples):
             column.append(1 + k)
             constants.append((example["ref_chosen"], example["ref_rejected"][k],
                               example["lengths"][0], example["lengths"][1 + k], 1 / n))
-    constants = torch.tensor(constants, device=logps.device).unbind(1)
-    return Pairs(logps[row, 0], logps[row, column], *constants)
+    row, column, constants = (moved(torch.tensor(x), logps.device) for x in
+                              (row, column, constants))
+    return Pairs(logps[row, 0], logps[row, column], *constants.unbind(1))
 
 
 # ---------------------------------------------------------------- the losses
@@ -288,14 +289,15 @@ def preference_loss(kind, policy_chosen, policy_rejected, ref_chosen, ref_reject
 
 
 @torch.no_grad()
-def mismatched_ratios(model, ranks, examples):
-    """For kto: log π − log ref of the mismatched captions, of the examples of all ranks."""
-    own = []
-    for example in examples:
+def mismatched_ratio(model, ranks, examples):
+    """For kto: log π − log ref of mismatched captions, the mean over the examples of all ranks, a
+    tensor. Without an example it is 0."""
+    total, n = torch.zeros((), dtype=torch.float64, device=ranks.device), 0
+    for n, example in enumerate(examples, 1):
         packed = {**example["mismatched"], "views": example["views"]}
         logp = caption_logps(model, [packed], model.tokenizer.eos_id, ranks.device)
-        own.append(logp.item() - example["ref_mismatched"])
-    return torch.tensor(ranks.gather(own) or [0.0], device=ranks.device)
+        total += logp.sum().double() - example["ref_mismatched"]
+    return (ranks.added(total) / max(ranks.sum(n), 1)).float()
 
 
 def pair_losses(args, pairs, kl):
@@ -318,7 +320,7 @@ def validate(args, ranks, model, boxes, run, held_out):
     """The loss and figures of held-out rows, and what captions of their images look like."""
     kl = None
     if args.loss == "kto":
-        kl = mismatched_ratios(model, ranks, run.held_out(held_out))
+        kl = mismatched_ratio(model, ranks, run.held_out(held_out))
     sums, n = dict.fromkeys(("loss", *FIGURES), 0.0), 0
     for example in run.held_out(held_out):
         n += 1
@@ -422,7 +424,7 @@ def learn(args, ranks):
     run = train.Run(args, ranks, policy, optimizer, trained, rows, make, fixed)
     for step in run.steps():
         n_rows = ranks.sum(len(step.examples))
-        kl = mismatched_ratios(model, ranks, step.examples) if args.loss == "kto" else None
+        kl = mismatched_ratio(model, ranks, step.examples) if args.loss == "kto" else None
         for examples in step.micro_batches():
             logps = caption_logps(policy, examples, eos, ranks.device)          # (B, C)
             pairs = pair_up(logps, examples)                                    # each (P,)

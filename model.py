@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from chunking import normalise, square
-from plumbing import int8, weights
+from plumbing import int8, memory, weights
 from plumbing.cache import Cache, causal_attention
 from plumbing.parts import LOGITS_AT_ONCE, Adaptable, Slot, call, log_probabilities, moved
 from plumbing.positions import batch_alpha, layout, resize_table, sincos_table
@@ -377,14 +377,22 @@ class QwenVL(Adaptable):
     def cache_bytes(self):
         return 2 * self.config.num_hidden_layers * self.config.hidden_size * self.dtype.itemsize
 
-    def training_bytes(self, trained, world, rows):
-        """As base.py; a row is the full context, with six views."""
-        c, v = self.config, self.config.visual
-        patches, tokens = rows * 6 * (v.image_size // v.patch_size) ** 2, rows * c.seq_length
-        towers = [(patches, v.width * v.layers, v.width * (4 + 2 * v.mlp_ratio) * 2),
-                  (tokens, c.hidden_size * c.num_hidden_layers,
-                   8 * c.hidden_size + 3 * c.intermediate_size)]
-        return weights.training_bytes(self, trained, world, towers, LOGITS_AT_ONCE * c.vocab_size)
+    def training_bytes(self, trained, world, rows, length=None, views=6):
+        """As base.py; without a length, rows are as long as the context."""
+        c, v, size = self.config, self.config.visual, self.dtype.itemsize
+        D, length, images = c.hidden_size, length or c.seq_length, rows * views
+        vision = memory.tower(
+            self, "vision", images * (v.image_size // v.patch_size) ** 2,
+            self.transformer.visual.transformer, width=v.width, blocks=v.layers,
+            inner=int(v.width * v.mlp_ratio), gated=False, qkv=3 * v.width, rms=False,
+            given=images * 3 * v.image_size ** 2 * 4, at_once=BLOCKS_AT_ONCE)
+        language = memory.tower(
+            self, "language", rows * length, self.transformer.h, width=D,
+            blocks=c.num_hidden_layers, inner=c.intermediate_size // 2, gated=True, qkv=5 * D,
+            rms=True)
+        masks_and_images = rows * length ** 2 * (1 + size) + images * v.n_queries * D * size
+        return memory.training_bytes(self, trained, world, vision, language, masks_and_images,
+                                     LOGITS_AT_ONCE * c.vocab_size)
 
     def save(self, folder):
         """Write a folder as from_pretrained reads it."""
