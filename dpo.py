@@ -193,9 +193,7 @@ def score_row(model, example, row, device):
 # ---------------------------------------------------------------- examples
 def make_example(args, model, boxes, reference, row, epoch):
     """A row -> its chosen and this epoch's rejected captions behind one prefix, and the reference.
-
-    The rejected ones are drawn by seed, row and epoch. InputError for an image that cannot be read.
-    """
+    They are drawn by seed, row and epoch. InputError for an image that cannot be read."""
     ref = reference[row["id"]]
     if "error" in ref:
         raise InputError(ref["error"])
@@ -239,8 +237,8 @@ def pair_up(logps, examples):
             column.append(1 + k)
             constants.append((example["ref_chosen"], example["ref_rejected"][k],
                               example["lengths"][0], example["lengths"][1 + k], 1 / n))
-    row, column, constants = (moved(torch.tensor(x), logps.device) for x in
-                              (row, column, constants))
+    row, column, constants = (
+        moved(torch.tensor(values), logps.device) for values in (row, column, constants))
     return Pairs(logps[row, 0], logps[row, column], *constants.unbind(1))
 
 
@@ -290,13 +288,13 @@ def preference_loss(kind, policy_chosen, policy_rejected, ref_chosen, ref_reject
 
 @torch.no_grad()
 def mismatched_ratio(model, ranks, examples):
-    """For kto: log π − log ref of mismatched captions, the mean over the examples of all ranks, a
-    tensor. Without an example it is 0."""
+    """For kto: log π − log ref of mismatched captions, the mean over all ranks' examples, or 0."""
     total, n = torch.zeros((), dtype=torch.float64, device=ranks.device), 0
-    for n, example in enumerate(examples, 1):
+    for example in examples:
         packed = {**example["mismatched"], "views": example["views"]}
         logp = caption_logps(model, [packed], model.tokenizer.eos_id, ranks.device)
         total += logp.sum().double() - example["ref_mismatched"]
+        n += 1
     return (ranks.added(total) / max(ranks.sum(n), 1)).float()
 
 
@@ -352,10 +350,7 @@ def watch(ranks, model, images, boxes, seed):
 # ---------------------------------------------------------------- main
 def open_captioner(args, device):
     """The policy's start, which is the reference -> model, boxes of the views, its adapters' name.
-
-    Without a folder it is the bare base that made the golden rows, with fresh adapters, which
-    change nothing yet.
-    """
+    Without a folder it is the bare base that made the golden rows, with fresh adapters."""
     dtype = arguments.DTYPES.get(args.dtype)
     if args.init:
         model = open_base(args.base or adapters.read_card(args.init)["base"], dtype, device,
@@ -408,9 +403,12 @@ def learn(args, ranks):
     optimizer = train.adamw(trained, args.weight_decay, ranks)
     if ranks.is_master:
         data.report_bad("dpo.py", bad)
+        longest = len(model.caption_prompt(len(boxes))) + max(
+            len(row["chosen_ids"]) + sum(sorted(map(len, row["rejected_ids"]))[-args.max_rejected:])
+            for row in rows)
         train.announce(f"captioner {args.init}; {len(rows)} golden rows, {len(bad)} bad and "
                        f"{n_long} too long ones left out, {len(held_out)} held out",
-                       model, trained, ranks, args.micro_batch)
+                       model, trained, ranks, args.micro_batch, longest, len(boxes))
 
     # ---- the reference's log-probs, before training and before run.steps() loads a checkpoint
     start = model.loaded.get(captioner, "the bare base")

@@ -26,14 +26,11 @@ from torch import nn
 from chunking import normalise, square
 from plumbing import int8, memory, weights
 from plumbing.cache import Cache, causal_attention
-from plumbing.parts import LOGITS_AT_ONCE, Adaptable, Slot, call, log_probabilities, moved
+from plumbing.parts import BLOCKS_AT_ONCE, Adaptable, Slot, call, log_probabilities, moved
 from plumbing.positions import batch_alpha, layout, resize_table, sincos_table
 from plumbing.tokenizer import Tokenizer
 
 CAPTION_PROMPT = "Generate the caption in English:"     # Qwen-VL's own, for captions without boxes
-# Blocks of the ViT that are recomputed together in backward. It keeps the input of each group, and
-# while one is recomputed its activations: 48 / 3 inputs and 3 blocks are about the least together.
-BLOCKS_AT_ONCE = 3
 
 
 # ---------------------------------------------------------------- configuration
@@ -379,20 +376,7 @@ class QwenVL(Adaptable):
 
     def training_bytes(self, trained, world, rows, length=None, views=6):
         """As base.py; without a length, rows are as long as the context."""
-        c, v, size = self.config, self.config.visual, self.dtype.itemsize
-        D, length, images = c.hidden_size, length or c.seq_length, rows * views
-        vision = memory.tower(
-            self, "vision", images * (v.image_size // v.patch_size) ** 2,
-            self.transformer.visual.transformer, width=v.width, blocks=v.layers,
-            inner=int(v.width * v.mlp_ratio), gated=False, qkv=3 * v.width, rms=False,
-            given=images * 3 * v.image_size ** 2 * 4, at_once=BLOCKS_AT_ONCE)
-        language = memory.tower(
-            self, "language", rows * length, self.transformer.h, width=D,
-            blocks=c.num_hidden_layers, inner=c.intermediate_size // 2, gated=True, qkv=5 * D,
-            rms=True)
-        masks_and_images = rows * length ** 2 * (1 + size) + images * v.n_queries * D * size
-        return memory.training_bytes(self, trained, world, vision, language, masks_and_images,
-                                     LOGITS_AT_ONCE * c.vocab_size)
+        return memory.of_qwen_vl(self, trained, world, rows, length or self.seq_length, views)
 
     def save(self, folder):
         """Write a folder as from_pretrained reads it."""
@@ -400,10 +384,7 @@ class QwenVL(Adaptable):
 
     # ---- forward
     def embed(self, ids, images):
-        """Embeddings (B, L, D) of ids (B, L), with image vectors and soft prompt in their slots.
-
-        What is asked of ids is asked on their device; on the CPU no GPU is waited for.
-        """
+        """Embeddings (B, L, D) of ids (B, L), with image vectors and soft prompt in their slots."""
         x = self.transformer.wte(moved(ids, self.device))
         for soft_prompt in self.soft_prompts.active():
             x = soft_prompt(x, ids == self.tokenizer.soft_prompt_id)

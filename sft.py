@@ -154,11 +154,11 @@ def learn(args, ranks):
     prompt, eos = model.caption_prompt(len(boxes)), model.tokenizer.eos_id
     make = functools.partial(make_example, model, boxes)
     if ranks.is_master:
-        n_cut = sum(encode(model, prompt, row["caption"])[1] for row in rows)
+        ids, were_cut = zip(*(encode(model, prompt, row["caption"]) for row in rows))
         data.report_bad("sft.py", bad)
         train.announce(f"{len(rows)} captions, {len(bad)} bad ones left out, {len(held_out)} held "
-                       f"out, {n_cut} cut to fit the context",
-                       model, trained, ranks, args.micro_batch)
+                       f"out, {sum(were_cut)} cut to fit the context", model, trained, ranks,
+                       args.micro_batch, max(map(len, ids)), len(boxes))
 
     # ---- the loop
     fixed = {"base": model.fingerprint, "captions": len(rows), "rows": data.rows_hash(rows),

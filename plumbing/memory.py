@@ -10,7 +10,6 @@ depends on ids, images and masks alone is computed as ever. Operations are those
 GPU adds to its tensors is not counted: CUDA's context, cuBLAS's workspace, gaps of the allocator.
 """
 import contextlib
-import math
 import weakref
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from plumbing import int8
+from plumbing.parts import BLOCKS_AT_ONCE, LOGITS_AT_ONCE
 
 
 # ---------------------------------------------------------------- from shapes alone
@@ -47,8 +47,9 @@ class Tower:
     at_once: int = 1
 
     def kept(self):
-        """From forward to backward: the input of every group of blocks."""
-        return self.tokens * self.width * math.ceil(self.blocks / self.at_once) * self.itemsize
+        """From forward to backward: the input of every whole group of blocks. A last one that is
+        smaller is gone when memory is the shortest."""
+        return self.tokens * self.width * max(1, self.blocks // self.at_once) * self.itemsize
 
     def recomputed(self):
         """In backward, while a group of blocks is recomputed and the last MLP differentiated.
@@ -115,6 +116,23 @@ def tower(model, name, tokens, module, **shapes):
                  **shapes)
 
 
+def of_qwen_vl(model, trained, world, rows, length, views):
+    """`training_bytes` of model.QwenVL, for `rows` rows of `length` tokens with `views` images."""
+    c, v, D, images = model.config, model.config.visual, model.config.hidden_size, rows * views
+    vision = tower(
+        model, "vision", images * (v.image_size // v.patch_size) ** 2,
+        model.transformer.visual.transformer, width=v.width, blocks=v.layers,
+        inner=int(v.width * v.mlp_ratio), gated=False, qkv=3 * v.width, rms=False,
+        given=images * 3 * v.image_size ** 2 * 4, at_once=BLOCKS_AT_ONCE)
+    language = tower(
+        model, "language", rows * length, model.transformer.h, width=D, blocks=c.num_hidden_layers,
+        inner=c.intermediate_size // 2, gated=True, qkv=5 * D, rms=True)
+    size = model.dtype.itemsize
+    masks_and_images = rows * length ** 2 * (1 + size) + images * v.n_queries * D * size
+    return training_bytes(model, trained, world, vision, language, masks_and_images,
+                          LOGITS_AT_ONCE * c.vocab_size)
+
+
 # ---------------------------------------------------------------- measured
 class Live(TorchDispatchMode):
     """Inside, counts bytes of tensors that operations return: alive `now`, and at their `peak`.
@@ -166,6 +184,14 @@ class Shapes(TorchDispatchMode):
         with self.fake:
             return func(*args, **kwargs)
 
+    def like(self, tensor):
+        """A tensor without numbers, of the same shape, dtype and kind."""
+        with self.fake:
+            fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        return fake
+
 
 def numbers(indices):
     """Indices of a tensor with numbers in the place of masks, whose True a shape does not give."""
@@ -176,41 +202,39 @@ def numbers(indices):
 
 @contextlib.contextmanager
 def simulated(model):
-    """Inside, a model on any device, also "meta", has weights without numbers, as on a CPU."""
-    kept = []
-    shapes = Shapes()
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, t in tensors.items():
-                if t is None:
-                    continue
-                with shapes.fake:
-                    fake = torch.empty(t.shape, dtype=t.dtype, device="cpu")
-                kept.append((tensors, name, t))
-                tensors[name] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
+    """Inside, a model on any device, also "meta", has weights without numbers, as if on a CPU."""
+    shapes, before, fakes = Shapes(), [], {}
+    for tensors in (t for m in model.modules() for t in (m._parameters, m._buffers)):
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            if tensor not in fakes:                                 # tied weights stay tied
+                fakes[tensor] = shapes.like(tensor)
+            before.append((tensors, name, tensor))
+            tensors[name] = fakes[tensor]
     try:
         with shapes:
             yield
     finally:
-        for tensors, name, t in kept:
-            tensors[name] = t
+        for tensors, name, tensor in before:
+            tensors[name] = tensor
 
 
 def training_peak(model, world, micro_batch):
     """Bytes alive at most in a step of one of `world` ranks: micro_batch(), which is forward, loss
-    and backward, and AdamW.
+    and backward, and AdamW, with moments of a share of the parameters that train.
 
-    Several ranks have gradients before it, and moments of a share of them (see plumbing/train.py).
+    Several ranks have all gradients before it (see plumbing/train.py). Gradients are None after it.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     share = sorted(trained, key=torch.Tensor.numel, reverse=True)[::world]
     with Live() as live:
-        for t in (*model.parameters(), *model.buffers()):
-            live.add(t)
+        for tensor in (*model.parameters(), *model.buffers()):
+            live.add(tensor)
         for p in trained:
             p.grad = torch.zeros_like(p)
         optimizer = torch.optim.AdamW(share, lr=0.0)
-        optimizer.step()                                        # it makes the moments
+        optimizer.step()                                            # makes the moments
         if world == 1:
             optimizer.zero_grad(set_to_none=True)
         live.peak = live.now

@@ -141,10 +141,13 @@ def distributed(model, ranks, all_weights=False):
                                    find_unused_parameters=all_weights)
 
 
-def announce(what, model, trained, ranks, micro_batch):
-    """What a stage starts from and how much memory it will need, on stderr."""
+def announce(what, model, trained, ranks, micro_batch, longest, views):
+    """What a stage starts from and how much memory it will need, on stderr.
+
+    longest: tokens of its longest row, with the images of so many views.
+    """
     count = sum(p.numel() for p in trained.values())
-    need = model.training_bytes(trained, ranks.world, micro_batch) / 2 ** 30
+    need = model.training_bytes(trained, ranks.world, micro_batch, longest, views) / 2 ** 30
     print(f"{what}\n{count:,} parameters train; a card will need about {need:.2f} GiB",
           file=sys.stderr)
 
