@@ -286,3 +286,22 @@ def test_steps_allocate_nothing_that_grows():
             gc.collect()
             alive.append(live.now)
     assert alive[0] > 0 and len(set(alive[1:])) == 1, alive
+
+
+def full_size():
+    """A DPO row of Qwen-VL on a card of six, estimated and simulated: python -m tests.test_memory, minutes."""
+    int8.AT_ONCE["cpu"] = int8.AT_ONCE["cuda"]
+    for quantize in (False, True):
+        model = qwen(BF16, quantize=quantize, **FULL)
+        example = row(model, 300, 300)
+        said = model.training_bytes(trained_of(model), 6, 1, len(example["ids"]))
+        stored = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        print(
+            f"int8 {quantize}: {stored / GiB:.2f} GiB of weights, estimate {said / GiB:.2f} GiB, "
+            f"peak {simulated_peak(model, 6, [example]) / GiB:.2f} GiB",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    full_size()
