@@ -403,9 +403,8 @@ def learn(args, ranks):
     optimizer = train.adamw(trained, args.weight_decay, ranks)
     if ranks.is_master:
         data.report_bad("dpo.py", bad)
-        longest = len(model.caption_prompt(len(boxes))) + max(
-            len(row["chosen_ids"]) + sum(sorted(map(len, row["rejected_ids"]))[-args.max_rejected:])
-            for row in rows)
+        longest = len(model.caption_prompt(len(boxes))) + max(len(row["chosen_ids"]) + sum(
+            sorted(map(len, row["rejected_ids"]))[-args.max_rejected:]) for row in rows)
         train.announce(f"captioner {args.init}; {len(rows)} golden rows, {len(bad)} bad and "
                        f"{n_long} too long ones left out, {len(held_out)} held out",
                        model, trained, ranks, args.micro_batch, longest, len(boxes))

@@ -26,11 +26,12 @@ from torch import nn
 from chunking import normalise, square
 from plumbing import int8, memory, weights
 from plumbing.cache import Cache, causal_attention
-from plumbing.parts import BLOCKS_AT_ONCE, Adaptable, Slot, call, log_probabilities, moved
+from plumbing.parts import LOGITS_AT_ONCE, Adaptable, Slot, call, log_probabilities, moved
 from plumbing.positions import batch_alpha, layout, resize_table, sincos_table
 from plumbing.tokenizer import Tokenizer
 
 CAPTION_PROMPT = "Generate the caption in English:"     # Qwen-VL's own, for captions without boxes
+BLOCKS_AT_ONCE = 3      # of the ViT, recomputed together: 48 / 3 inputs and 3 blocks are the least
 
 
 # ---------------------------------------------------------------- configuration
@@ -376,7 +377,8 @@ class QwenVL(Adaptable):
 
     def training_bytes(self, trained, world, rows, length=None, views=6):
         """As base.py; without a length, rows are as long as the context."""
-        return memory.of_qwen_vl(self, trained, world, rows, length or self.seq_length, views)
+        return memory.of_qwen_vl(self, trained, world, rows, length or self.seq_length, views,
+                                 BLOCKS_AT_ONCE, LOGITS_AT_ONCE)
 
     def save(self, folder):
         """Write a folder as from_pretrained reads it."""

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from plumbing import int8
-from plumbing.parts import BLOCKS_AT_ONCE, LOGITS_AT_ONCE
 
 
 # ---------------------------------------------------------------- from shapes alone
@@ -116,21 +115,24 @@ def tower(model, name, tokens, module, **shapes):
                  **shapes)
 
 
-def of_qwen_vl(model, trained, world, rows, length, views):
-    """`training_bytes` of model.QwenVL, for `rows` rows of `length` tokens with `views` images."""
+def of_qwen_vl(model, trained, world, rows, length, views, at_once, logits):
+    """`training_bytes` of model.QwenVL, for `rows` rows of `length` tokens with `views` images.
+
+    at_once: blocks of the ViT that are recomputed together; logits: rows of a chunk of them.
+    """
     c, v, D, images = model.config, model.config.visual, model.config.hidden_size, rows * views
     vision = tower(
         model, "vision", images * (v.image_size // v.patch_size) ** 2,
         model.transformer.visual.transformer, width=v.width, blocks=v.layers,
         inner=int(v.width * v.mlp_ratio), gated=False, qkv=3 * v.width, rms=False,
-        given=images * 3 * v.image_size ** 2 * 4, at_once=BLOCKS_AT_ONCE)
+        given=images * 3 * v.image_size ** 2 * 4, at_once=at_once)
     language = tower(
         model, "language", rows * length, model.transformer.h, width=D, blocks=c.num_hidden_layers,
         inner=c.intermediate_size // 2, gated=True, qkv=5 * D, rms=True)
     size = model.dtype.itemsize
     masks_and_images = rows * length ** 2 * (1 + size) + images * v.n_queries * D * size
     return training_bytes(model, trained, world, vision, language, masks_and_images,
-                          LOGITS_AT_ONCE * c.vocab_size)
+                          logits * c.vocab_size)
 
 
 # ---------------------------------------------------------------- measured

@@ -8,9 +8,6 @@ from torch.utils.checkpoint import checkpoint
 from plumbing import int8
 
 PADDING = -100          # in `logp_of`, as in torch's cross_entropy
-# Blocks of Qwen-VL's ViT that are recomputed together. Kept until backward is the input of each
-# group, and then the activations of one group: 48 / 3 inputs and 3 blocks are about the least.
-BLOCKS_AT_ONCE = 3
 LOGITS_AT_ONCE = 64     # rows of 151,936 logits: 39 MB in fp32, twice that while softmax runs
 
 

@@ -251,29 +251,7 @@ def load_checkpoint(out, fixed, trained, optimizer):
     return saved["step"]
 
 
-# ---------------------------------------------------------------- log and signals
-class Log:
-    """out/log.jsonl, one object per step. Opened on resume, it drops what came after that step.
-
-    Figures that are not finite, as of a skipped step, become null.
-    """
-
-    def __init__(self, out, step, ranks):
-        self.path, self.ranks = Path(out) / "log.jsonl", ranks
-        if ranks.is_master:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_bytes().splitlines(True) if self.path.is_file() else []
-            kept = [line for line in lines
-                    if line.endswith(b"\n") and json.loads(line)["step"] <= step]
-            with files.whole(self.path) as temporary:
-                temporary.write_bytes(b"".join(kept))
-
-    def write(self, row):
-        if self.ranks.is_master:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(files.without_nan(row)) + "\n")
-
-
+# ---------------------------------------------------------------- signals
 class Stop:
     """SIGTERM and SIGINT ask for a stop (see Step.micro_batches); a second ^C quits at once.
 
@@ -329,7 +307,7 @@ class Run:
         """Yield a Step for every step that is left; log and save when the stage is done with it."""
         args, ranks = self.args, self.ranks
         first = load_checkpoint(args.out, self.fixed, self.trained, self.optimizer)
-        log, self.stop = Log(args.out, first, ranks), Stop()
+        log, self.stop = files.Log(args.out, first, ranks), Stop()
         batches = data.MicroBatches(len(self.rows), args.batch, args.micro_batch, first, self.last,
                                     args.seed, ranks)
         decoded = iter(data.loader(data.Examples(self.rows, self.make), args.workers,

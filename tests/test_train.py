@@ -306,23 +306,23 @@ def test_another_run_is_refused_by_the_name_of_what_differs(tmp_path):
 
 
 def test_log_forgets_what_came_after_the_checkpoint(tmp_path):
-    log = plumbing.train.Log(tmp_path, 0, ALONE)
+    log = plumbing.files.Log(tmp_path, 0, ALONE)
     for step in range(1, 6):
         log.write({"step": step, "loss": 1 / 3})
     with log.path.open("a") as file:
         file.write('{"step": 6, "lo')  # torn by a kill
-    plumbing.train.Log(tmp_path, 5, ALONE).write({"step": 6, "loss": 0.1})
+    plumbing.files.Log(tmp_path, 5, ALONE).write({"step": 6, "loss": 0.1})
     assert [row["step"] for row in stages.read_rows(log.path)] == [1, 2, 3, 4, 5, 6]
-    plumbing.train.Log(tmp_path, 3, ALONE).write({"step": 4, "loss": 0.2})
+    plumbing.files.Log(tmp_path, 3, ALONE).write({"step": 4, "loss": 0.2})
     rows = stages.read_rows(log.path)
     assert (
         [row["step"] for row in rows] == [1, 2, 3, 4]
         and rows[3]["loss"] == 0.2
         and rows[0]["loss"] == 1 / 3
     )
-    plumbing.train.Log(tmp_path, 1, ranks_of(2)[1]).write({"step": 9})  # only the first rank writes
+    plumbing.files.Log(tmp_path, 1, ranks_of(2)[1]).write({"step": 9})  # only the first rank writes
     assert len(stages.read_rows(log.path)) == 4
-    assert plumbing.train.Log(tmp_path, 0, ALONE).path.read_text() == ""
+    assert plumbing.files.Log(tmp_path, 0, ALONE).path.read_text() == ""
 
 
 # ---------------------------------------------------------------- signals
