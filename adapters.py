@@ -31,7 +31,7 @@ from torch import nn
 from chunking import LAYOUTS
 from plumbing import files, weights
 from plumbing.errors import InputError
-from plumbing.parts import Slot
+from plumbing.parts import Slot, moved
 
 TOWERS = ("vision", "language")
 
@@ -79,12 +79,16 @@ class SoftPrompt(nn.Module):
         self.vectors = nn.Parameter(vectors.detach().float().clone())
 
     def forward(self, x, slots):
-        """x (B, L, D) with the k-th slot of each row, marked in `slots` (B, L), set to vector k."""
+        """x (B, L, D) with the k-th slot of each row, marked in `slots` (B, L), set to vector k.
+
+        Slots on the CPU are checked there, and moved to the device of x.
+        """
         n, counts = len(self.vectors), slots.sum(dim=1)
         if bool(((counts != 0) & (counts != n)).any()):
             raise ValueError(f"a row must hold all {n} soft-prompt slots or none, not "
                              f"{counts.tolist()}")
         index = (slots.cumsum(dim=1) - 1).clamp(min=0, max=n - 1)                     # (B, L)
+        slots, index = moved(slots, x.device), moved(index, x.device)
         return torch.where(slots[..., None], self.vectors.to(x.dtype)[index], x)
 
 

@@ -87,8 +87,10 @@ class Base(Protocol):
     def embed_text(self, text: str) -> torch.Tensor:
         """The embeddings (n, D) of a text, from which a soft prompt starts."""
 
-    def training_bytes(self, trained: dict, world: int, rows: int) -> int:
-        """Bytes that a card needs to train {name: parameter} on `rows` rows, over `world` cards."""
+    def training_bytes(self, trained: dict, world: int, rows: int, length: int | None = None,
+                       views: int = 6) -> int:
+        """Bytes that one of `world` cards needs to train {name: parameter}, `rows` rows at once, of
+        `length` tokens with `views` views each. None: as long as rows can usefully be."""
 
     def save(self, folder: Path) -> None:
         """Write the base itself in the layout in which it was read, in bfloat16."""

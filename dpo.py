@@ -38,7 +38,7 @@ from chunking import LAYOUTS, seen_by
 from generate import sample
 from plumbing import arguments, data, scoring, train
 from plumbing.errors import InputError
-from plumbing.parts import PADDING
+from plumbing.parts import PADDING, moved
 from plumbing.slots import room_left
 
 LOSSES = ("dpo", "hinge", "ipo", "kto", "none")
@@ -123,15 +123,15 @@ def caption_logps(model, examples, eos_id, device):
 
     C is the largest number of captions of an example; missing captions are 0.
     """
-    ids = data.padded(examples, "ids", eos_id, device)                               # (B, L)
-    lengths = torch.tensor([len(example["ids"]) for example in examples], device=device)
-    mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+    ids = data.padded(examples, "ids", eos_id)                                       # (B, L)
+    lengths = torch.tensor([len(example["ids"]) for example in examples])
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
     images = data.together([example["views"] for example in examples])
-    logps = model(ids, images, mask, branch=data.padded(examples, "branch", 0, device),
-                  positions=data.padded(examples, "positions", 0, device),
-                  logp_of=data.padded(examples, "targets", PADDING, device))    # 0 at padding
+    logps = model(ids, images, mask, branch=data.padded(examples, "branch", 0),
+                  positions=data.padded(examples, "positions", 0),
+                  logp_of=data.padded(examples, "targets", PADDING))            # 0 at padding
     n_captions = 1 + max(max(example["owner"]) for example in examples)
-    owner = data.padded(examples, "owner", 0, device)
+    owner = moved(data.padded(examples, "owner", 0), device)
     return logps.new_zeros(len(examples), n_captions).scatter_add(1, owner, logps)
 
 
@@ -194,9 +194,7 @@ def score_row(model, example, row, device):
 # ---------------------------------------------------------------- examples
 def make_example(args, model, boxes, reference, row, epoch):
     """A row -> its chosen and this epoch's rejected captions behind one prefix, and the reference.
-
-    The rejected ones are drawn by seed, row and epoch. InputError for an image that cannot be read.
-    """
+    They are drawn by seed, row and epoch. InputError for an image that cannot be read."""
     ref = reference[row["id"]]
     if "error" in ref:
         raise InputError(ref["error"])
@@ -240,8 +238,9 @@ def pair_up(logps, examples):
             column.append(1 + k)
             constants.append((example["ref_chosen"], example["ref_rejected"][k],
                               example["lengths"][0], example["lengths"][1 + k], 1 / n))
-    constants = torch.tensor(constants, device=logps.device).unbind(1)
-    return Pairs(logps[row, 0], logps[row, column], *constants)
+    row, column, constants = (
+        moved(torch.tensor(values), logps.device) for values in (row, column, constants))
+    return Pairs(logps[row, 0], logps[row, column], *constants.unbind(1))
 
 
 # ---------------------------------------------------------------- the losses
@@ -289,14 +288,15 @@ def preference_loss(kind, policy_chosen, policy_rejected, ref_chosen, ref_reject
 
 
 @torch.no_grad()
-def mismatched_ratios(model, ranks, examples):
-    """For kto: log π − log ref of the mismatched captions, of the examples of all ranks."""
-    own = []
+def mismatched_ratio(model, ranks, examples):
+    """For kto: log π − log ref of mismatched captions, the mean over all ranks' examples, or 0."""
+    total, n = torch.zeros((), dtype=torch.float64, device=ranks.device), 0
     for example in examples:
         packed = {**example["mismatched"], "views": example["views"]}
         logp = caption_logps(model, [packed], model.tokenizer.eos_id, ranks.device)
-        own.append(logp.item() - example["ref_mismatched"])
-    return torch.tensor(ranks.gather(own) or [0.0], device=ranks.device)
+        total += logp.sum().double() - example["ref_mismatched"]
+        n += 1
+    return (ranks.added(total) / max(ranks.sum(n), 1)).float()
 
 
 def pair_losses(args, pairs, kl):
@@ -319,7 +319,7 @@ def validate(args, ranks, model, boxes, run, held_out):
     """The loss and figures of held-out rows, and what captions of their images look like."""
     kl = None
     if args.loss == "kto":
-        kl = mismatched_ratios(model, ranks, run.held_out(held_out))
+        kl = mismatched_ratio(model, ranks, run.held_out(held_out))
     sums, n = dict.fromkeys(("loss", *FIGURES), 0.0), 0
     for example in run.held_out(held_out):
         n += 1
@@ -351,10 +351,7 @@ def watch(ranks, model, images, boxes, seed):
 # ---------------------------------------------------------------- main
 def open_captioner(args, device):
     """The policy's start, which is the reference -> model, boxes of the views, its adapters' name.
-
-    Without a folder it is the bare base that made the golden rows, with fresh adapters, which
-    change nothing yet.
-    """
+    Without a folder it is the bare base that made the golden rows, with fresh adapters."""
     dtype = arguments.DTYPES.get(args.dtype)
     if args.init:
         model = open_base(args.base or adapters.read_card(args.init)["base"], dtype, device,
@@ -407,9 +404,11 @@ def learn(args, ranks):
     optimizer = train.adamw(trained, args.weight_decay, ranks)
     if ranks.is_master:
         data.report_bad("dpo.py", bad)
+        longest = len(model.caption_prompt(len(boxes))) + max(len(row["chosen_ids"]) + sum(
+            sorted(map(len, row["rejected_ids"]))[-args.max_rejected:]) for row in rows)
         train.announce(f"captioner {args.init}; {len(rows)} golden rows, {len(bad)} bad and "
                        f"{n_long} too long ones left out, {len(held_out)} held out",
-                       model, trained, ranks, args.micro_batch)
+                       model, trained, ranks, args.micro_batch, longest, len(boxes))
 
     # ---- the reference's log-probs, before training and before run.steps() loads a checkpoint
     start = model.loaded.get(captioner, "the bare base")
@@ -423,7 +422,7 @@ def learn(args, ranks):
     run = train.Run(args, ranks, policy, optimizer, trained, rows, make, fixed)
     for step in run.steps():
         n_rows = ranks.sum(len(step.examples))
-        kl = mismatched_ratios(model, ranks, step.examples) if args.loss == "kto" else None
+        kl = mismatched_ratio(model, ranks, step.examples) if args.loss == "kto" else None
         for examples in step.micro_batches():
             logps = caption_logps(policy, examples, eos, ranks.device)          # (B, C)
             pairs = pair_up(logps, examples)                                    # each (P,)

@@ -22,12 +22,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from plumbing import branches, hub, int8, weights
+from plumbing import branches, hub, int8, memory, weights
 from plumbing.errors import InputError
-from plumbing.parts import LOGITS_AT_ONCE, Adaptable, Slot, log_probabilities
+from plumbing.parts import LOGITS_AT_ONCE, Adaptable, Slot, log_probabilities, moved
 from plumbing.prompts import Prompts, joined, view_side
 from plumbing.tokenizer import ChatTokenizer
-from plumbing.towers import blocks, check_towers, projections
+from plumbing.towers import block_shapes, blocks, check_towers, patch_numbers, projections
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # images are decoded by forked workers
 
@@ -201,7 +201,8 @@ class HFModel(Adaptable):
         """As model.QwenVL.forward. images: what `look` gave, for each row; mask: padding is on the
         right."""
         images = [images] if isinstance(images, dict) else images
-        mask, branch = (t if t is None else t.to(ids.device) for t in (mask, branch))
+        ids, mask, branch, positions = (
+            moved(t, self.device) for t in (ids, mask, branch, positions))
         if cache is not None and cache.filled:
             return self.never_sampled(self.logits(self.step(ids, cache)))
         layout = branches.logical(ids, mask, branch)
@@ -266,7 +267,7 @@ class HFModel(Adaptable):
         """What forward takes of the images -> {name: (B, L), a number per token}, and the rest."""
         kinds, inputs = {}, {}
         for name in (images[0] if images else {}).keys() - {"head"}:
-            parts = [look[name].to(ids.device) for look in images]
+            parts = [moved(look[name], ids.device) for look in images]
             if name.startswith("token:"):
                 kind = kinds[name.removeprefix("token:")] = torch.zeros_like(ids)
                 for row, part in zip(kind, parts):
@@ -333,19 +334,20 @@ class HFModel(Adaptable):
         heads = heads if isinstance(heads, int) else max(heads)         # some have a list
         return 2 * c.num_hidden_layers * heads * head * self.dtype.itemsize
 
-    def training_bytes(self, trained, world, rows):
-        """As base.py; a row is a prompt with six views and a long caption."""
-        tokens = rows * (len(self.caption_prompt(6)) + LONG_CAPTION)
-        pixels = max(t.numel() for t in self.prompts.blank(6).values() if t.is_floating_point())
-        patches = rows * pixels // (3 * 14 * 14)
-        towers = []
-        for n, found in zip((patches, tokens), map(blocks, self.towers.values())):
-            width = found[0][2]
-            inner = max((layer.out_features for _, mlp, _ in found for layer in mlp.modules()
-                         if isinstance(layer, nn.Linear)), default=4 * width)
-            towers.append((n, width * len(found), 8 * width + 3 * inner))
-        logits = LOGITS_AT_ONCE * self.text_config.vocab_size
-        return weights.training_bytes(self, trained, world, towers, logits)
+    def training_bytes(self, trained, world, rows, length=None, views=6):
+        """As base.py; without a length, rows have a caption of LONG_CAPTION tokens."""
+        look = self.prompts.blank(views)
+        length = length or len(self.caption_prompt(views)) + LONG_CAPTION
+        pixels = [t for t in look.values() if t.is_floating_point()]
+        patches = sum(t.numel() for t in pixels) // patch_numbers(self.towers["vision"])
+        given = rows * sum(t.numel() * t.element_size() for t in pixels)
+        vision = memory.tower(self, "vision", rows * patches, self.towers["vision"], given=given,
+                              **block_shapes(self.towers["vision"], turned=False))
+        language = memory.tower(self, "language", rows * length, self.towers["language"],
+                                **block_shapes(self.towers["language"], turned=True))
+        masks = rows * length ** 2 * (1 + self.dtype.itemsize)
+        return memory.training_bytes(self, trained, world, vision, language, masks,
+                                     LOGITS_AT_ONCE * self.text_config.vocab_size)
 
 
 # ---------------------------------------------------------------- what it can do

@@ -24,13 +24,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from chunking import normalise, square
-from plumbing import int8, weights
+from plumbing import int8, memory, weights
 from plumbing.cache import Cache, causal_attention
-from plumbing.parts import LOGITS_AT_ONCE, Adaptable, Slot, call, log_probabilities
+from plumbing.parts import LOGITS_AT_ONCE, Adaptable, Slot, call, log_probabilities, moved
 from plumbing.positions import batch_alpha, layout, resize_table, sincos_table
 from plumbing.tokenizer import Tokenizer
 
 CAPTION_PROMPT = "Generate the caption in English:"     # Qwen-VL's own, for captions without boxes
+BLOCKS_AT_ONCE = 3      # of the ViT, recomputed together: 48 / 3 inputs and 3 blocks are the least
 
 
 # ---------------------------------------------------------------- configuration
@@ -190,9 +191,12 @@ class VisionTransformer(nn.Module):
         x = self.conv1(images.to(self.conv1.weight.dtype))                # (N, width, S/14, S/14)
         x = x.flatten(2).transpose(1, 2)                                      # (N, P, width)
         x = self.ln_pre(x + resize_table(self.positional_embedding, x.shape[1]))
-        for block in self.transformer["resblocks"]:
-            x = call(block, x, checkpointing=checkpointing)
-        return self.ln_post(self.attn_pool(x)) @ self.proj                    # (N, Q, D)
+        blocks = list(self.transformer["resblocks"])
+        for k in range(0, len(blocks), BLOCKS_AT_ONCE):
+            some = nn.Sequential(*blocks[k:k + BLOCKS_AT_ONCE])
+            x = call(some, x, checkpointing=checkpointing)                    # (N, P, width)
+        x = call(self.attn_pool, x, checkpointing=checkpointing)              # (N, Q, D)
+        return self.ln_post(x) @ self.proj
 
 
 # ---------------------------------------------------------------- language model
@@ -203,8 +207,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        y = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        return y.type_as(x) * self.weight                # cast, then scale: the official order
+        # in fp32, cast, then scaled: the official order
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
 
 
 class Rotary:
@@ -371,14 +375,10 @@ class QwenVL(Adaptable):
     def cache_bytes(self):
         return 2 * self.config.num_hidden_layers * self.config.hidden_size * self.dtype.itemsize
 
-    def training_bytes(self, trained, world, rows):
-        """As base.py; a row is the full context, with six views."""
-        c, v = self.config, self.config.visual
-        patches, tokens = rows * 6 * (v.image_size // v.patch_size) ** 2, rows * c.seq_length
-        towers = [(patches, v.width * v.layers, v.width * (4 + 2 * v.mlp_ratio) * 2),
-                  (tokens, c.hidden_size * c.num_hidden_layers,
-                   8 * c.hidden_size + 3 * c.intermediate_size)]
-        return weights.training_bytes(self, trained, world, towers, LOGITS_AT_ONCE * c.vocab_size)
+    def training_bytes(self, trained, world, rows, length=None, views=6):
+        """As base.py; without a length, rows are as long as the context."""
+        return memory.of_qwen_vl(self, trained, world, rows, length or self.seq_length, views,
+                                 BLOCKS_AT_ONCE, LOGITS_AT_ONCE)
 
     def save(self, folder):
         """Write a folder as from_pretrained reads it."""
@@ -387,7 +387,7 @@ class QwenVL(Adaptable):
     # ---- forward
     def embed(self, ids, images):
         """Embeddings (B, L, D) of ids (B, L), with image vectors and soft prompt in their slots."""
-        x = self.transformer.wte(ids)
+        x = self.transformer.wte(moved(ids, self.device))
         for soft_prompt in self.soft_prompts.active():
             x = soft_prompt(x, ids == self.tokenizer.soft_prompt_id)
         Q, start = self.config.visual.n_queries, self.config.visual.image_start_id
@@ -404,9 +404,10 @@ class QwenVL(Adaptable):
         end = column + Q + 1
         if int(end.max()) >= ids.shape[1] or bool((ids[row, end] != start + 1).any()):
             raise ValueError(f"an image span must be <img>, {Q} slots and </img>")
-        vectors = self.transformer.visual(images.to(x.device), self.checkpointing)    # (N, Q, D)
+        vectors = self.transformer.visual(moved(images, x.device), self.checkpointing)
         slots = column[:, None] + 1 + torch.arange(Q, device=ids.device)              # (N, Q)
-        return x.index_put((row[:, None], slots), vectors.to(x.dtype))
+        slots = moved(row[:, None], x.device), moved(slots, x.device)
+        return x.index_put(slots, vectors.to(x.dtype))
 
     def forward(self, ids, images=None, mask=None, branch=None, positions=None, logp_of=None,
                 cache=None):
@@ -419,7 +420,6 @@ class QwenVL(Adaptable):
         float32. -100 is padding, at any valid position: it costs no logits and gives 0.
         Dynamic NTK and logn act in eval mode only, by the logical length of each sequence.
         """
-        mask, branch = (t if t is None else t.to(ids.device) for t in (mask, branch))
         shapes = {tuple(t.shape) for t in (ids, mask, branch) if t is not None}
         if ids.ndim != 2 or ids.shape[1] == 0 or len(shapes) > 1:
             raise ValueError(f"ids, mask and branch must all be (B, L) with L ≥ 1, not {shapes}")
@@ -430,6 +430,8 @@ class QwenVL(Adaptable):
         else:
             x = self.embed(ids, images)                                       # (B, L, D)
             mask = None if mask is None or bool(mask.all()) else mask.bool()
+            ids, mask, branch, positions = (
+                moved(t, x.device) for t in (ids, mask, branch, positions))
             place, allowed = layout(ids, mask, branch)
             extends = self.config.use_dynamic_ntk and not self.training
             alpha = batch_alpha(place, mask, branch, self.config.seq_length) if extends else 1
@@ -439,10 +441,10 @@ class QwenVL(Adaptable):
         for i, block in enumerate(self.transformer.h):
             layer = None if cache is None else cache.layers[i]
             x = call(block, x, rotary, allowed, layer, checkpointing=self.checkpointing)
-        x = self.transformer.ln_f(x)
         if positions is not None:
             row = torch.arange(len(x), device=x.device)[:, None]
             x = x[row, positions.expand(len(x), -1)]                          # (B, K, D)
+        x = self.transformer.ln_f(x)
         if logp_of is None:
             return self.lm_head(x)                                            # (B, L or K, vocab)
         return log_probabilities(self.lm_head, x, logp_of)                    # (B, K)

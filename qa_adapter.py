@@ -50,20 +50,21 @@ def parse_args(argv):
 
 # ---------------------------------------------------------------- data
 def fit_context(model, n_views, rows, bad):
-    """The rows whose question fits in the context, and how many answers will be cut.
-
-    The other rows are added to `bad`.
+    """The rows whose question fits in the context, how many answers will be cut, and the tokens of
+    the longest row. The other rows are added to `bad`.
     """
-    kept, n_cut = [], 0
+    kept, n_cut, longest = [], 0, 0
     for row in rows:
         prompt = model.head(n_views) + model.question(row["question"])
         room = model.seq_length - 1 - len(prompt)
         if room < 1:
             bad.append((row["where"], "the question does not fit in the context"))
         else:
+            n_answer = len(model.answer(row["answer"]))
             kept.append(row)
-            n_cut += len(model.answer(row["answer"])) > room
-    return kept, n_cut
+            n_cut += n_answer > room
+            longest = max(longest, len(prompt) + min(n_answer, room) + 1)
+    return kept, n_cut, longest
 
 
 def make_example(model, boxes, row, epoch=0):
@@ -100,7 +101,7 @@ def test(args, ranks):
                       quantize=args.quantize)
     adapters.load(model, args.init)
     adapters.load(model, args.out)
-    rows, _ = fit_context(model, len(boxes), rows, bad)
+    rows, *_ = fit_context(model, len(boxes), rows, bad)
     data.need_rows(args.test, rows, bad)
     p_yes, truth, unread = ask_together(model, boxes, rows, ranks)
     if ranks.is_master:
@@ -124,7 +125,7 @@ def learn(args, ranks):
 
     # ---- data
     rows, bad = data.read_questions(args.data)
-    rows, n_cut = fit_context(model, len(boxes), rows, bad)
+    rows, n_cut, longest = fit_context(model, len(boxes), rows, bad)
     data.need_rows(args.data, rows, bad)
     rows, held_out = data.split(rows, args.holdout, args.seed)
     make, eos = functools.partial(make_example, model, boxes), model.tokenizer.eos_id
@@ -141,7 +142,7 @@ def learn(args, ranks):
         data.report_bad("qa_adapter.py", bad)
         train.announce(f"captioner {args.init}; {len(rows)} questions, {len(bad)} bad ones left "
                        f"out, {len(held_out)} held out, {n_cut} cut to fit the context",
-                       model, trained, ranks, args.micro_batch)
+                       model, trained, ranks, args.micro_batch, longest, len(boxes))
 
     # ---- the loop
     fixed = {"base": model.fingerprint, "questions": len(rows), "rows": data.rows_hash(rows),
@@ -151,7 +152,7 @@ def learn(args, ranks):
     for step in run.steps():
         n_targets = ranks.sum(data.count_targets(step.examples))
         for examples in step.micro_batches():
-            logp = policy(**data.collate(examples, eos, ranks.device))          # (B, K)
+            logp = policy(**data.collate(examples, eos))                        # (B, K)
             loss = -logp.sum() / n_targets
             (loss * ranks.world).backward()     # DDP averages over ranks; a sum is meant
             step.log(loss=loss)

@@ -117,7 +117,7 @@ def held_out_loss(model, ranks, examples):
     """-log p per target token of this and all other ranks' held-out examples -> {name: value}."""
     nll, n = 0.0, 0
     for example in examples:
-        logp = model(**data.collate([example], model.tokenizer.eos_id, ranks.device))
+        logp = model(**data.collate([example], model.tokenizer.eos_id))
         nll -= logp.sum().item()
         n += data.count_targets([example])
     nll, n = ranks.sums([nll, n])
@@ -154,11 +154,11 @@ def learn(args, ranks):
     prompt, eos = model.caption_prompt(len(boxes)), model.tokenizer.eos_id
     make = functools.partial(make_example, model, boxes)
     if ranks.is_master:
-        n_cut = sum(encode(model, prompt, row["caption"])[1] for row in rows)
+        ids, were_cut = zip(*(encode(model, prompt, row["caption"]) for row in rows))
         data.report_bad("sft.py", bad)
         train.announce(f"{len(rows)} captions, {len(bad)} bad ones left out, {len(held_out)} held "
-                       f"out, {n_cut} cut to fit the context",
-                       model, trained, ranks, args.micro_batch)
+                       f"out, {sum(were_cut)} cut to fit the context", model, trained, ranks,
+                       args.micro_batch, max(map(len, ids)), len(boxes))
 
     # ---- the loop
     fixed = {"base": model.fingerprint, "captions": len(rows), "rows": data.rows_hash(rows),
@@ -168,7 +168,7 @@ def learn(args, ranks):
     for step in run.steps():
         n_targets = ranks.sum(data.count_targets(step.examples))
         for examples in step.micro_batches():
-            logp = policy(**data.collate(examples, eos, ranks.device))          # (B, K)
+            logp = policy(**data.collate(examples, eos))                        # (B, K)
             loss = -logp.sum() / n_targets
             (loss * ranks.world).backward()     # DDP averages over ranks; a sum is meant
             step.log(loss=loss)

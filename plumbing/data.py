@@ -347,8 +347,9 @@ def worker_signals(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def collate(examples, pad_id, device):
-    """Examples {"ids", "n_prompt", "views"} -> the arguments of the model's forward.
+def collate(examples, pad_id):
+    """Examples {"ids", "n_prompt", "views"} -> the arguments of the model's forward, on the CPU:
+    what forward asks of ids and targets then costs no wait for a GPU.
 
     The targets of a row are what follows its prompt. ids and mask (B, L), padded on the right;
     positions and logp_of (B, K): each target, and the position before it; -100 is padding.
@@ -365,10 +366,8 @@ def collate(examples, pad_id, device):
         mask[b, :n_ids] = True
         positions[b, :n_ids - n_prompt] = torch.arange(n_prompt - 1, n_ids - 1)
         targets[b, :n_ids - n_prompt] = torch.tensor(row["ids"][n_prompt:])
-    batch = {"ids": ids, "mask": mask, "positions": positions, "logp_of": targets,
-             "images": together([row["views"] for row in examples])}
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()}
+    return {"ids": ids, "mask": mask, "positions": positions, "logp_of": targets,
+            "images": together([row["views"] for row in examples])}
 
 
 def together(views):
@@ -377,11 +376,11 @@ def together(views):
     return torch.cat(list(views)) if isinstance(views[0], torch.Tensor) else list(views)
 
 
-def padded(examples, key, fill, device):
-    """A list of each example, padded on the right -> (B, longest) int64."""
+def padded(examples, key, fill):
+    """A list of each example, padded on the right -> (B, longest) int64, on the CPU."""
     longest = max(len(example[key]) for example in examples)
     rows = [example[key] + [fill] * (longest - len(example[key])) for example in examples]
-    return torch.tensor(rows, device=device)
+    return torch.tensor(rows)
 
 
 def count_targets(examples):

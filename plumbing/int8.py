@@ -177,7 +177,8 @@ def stored_bytes(model, dtype):
                for t in (*model.parameters(), *model.buffers()))
 
 
-def working_bytes(model, itemsize):
-    """Bytes of the largest weight, or part of one, while it is dequantised."""
-    numbers = [min(layer.weight.numel(), at_once(model.device)) for layer in layers(model).values()]
-    return max(numbers, default=0) * itemsize
+def working_bytes(modules, device, dtype):
+    """Bytes of the largest weight in modules, or part of one, while it is dequantised to dtype."""
+    numbers = [min(layer.weight.numel(), at_once(device))
+               for module in modules for layer in module.modules() if is_int8(layer)]
+    return max(numbers, default=0) * dtype.itemsize

@@ -67,16 +67,29 @@ def call(block, *args, checkpointing):
     return block(*args)
 
 
+def moved(tensor, device):
+    """A tensor on a device; None stays None. The host does not wait for a copy to a GPU, which
+    from memory that is not pinned it would."""
+    if tensor is None or tensor.device == torch.device(device):
+        return tensor
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def log_probabilities(head, x, tokens):
     """log p of tokens (B, K) after hidden states x (B, K, D): LOGITS_AT_ONCE rows at a time.
 
-    head: the output layer. -100 is padding; it costs no logits and gives 0.
+    head: the output layer. -100 is padding; it costs no logits and gives 0. Which tokens are
+    real is asked where they are: for tokens on the CPU a GPU need not be waited for.
     """
-    real = tokens != PADDING
-    chunks = zip(x[real].split(LOGITS_AT_ONCE), tokens[real].split(LOGITS_AT_ONCE))
+    real = (tokens != PADDING).flatten().nonzero()[:, 0]                      # numbers in B · K
+    wanted = moved(tokens.flatten()[real], x.device)
+    real = moved(real, x.device)
+    chunks = zip(x.flatten(0, 1)[real].split(LOGITS_AT_ONCE), wanted.split(LOGITS_AT_ONCE))
     parts = [call(logps_of_chunk, head, *chunk, checkpointing=True) for chunk in chunks]
-    zeros = torch.zeros(tokens.shape, device=x.device)
-    return zeros.masked_scatter(real, torch.cat(parts))
+    zeros = torch.zeros(tokens.numel(), device=x.device)
+    return zeros.index_put((real,), torch.cat(parts)).view(tokens.shape)
 
 
 def logps_of_chunk(head, x, tokens):

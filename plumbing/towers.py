@@ -36,6 +36,29 @@ def projections(attention):
     return {name: layer for name, layer in layers.items() if name in QKV}
 
 
+def block_shapes(tower, turned):
+    """The shapes of a tower's blocks, for estimates of memory (plumbing/memory.py): of the last.
+
+    turned: queries and keys are turned, and keys and values repeated where there are fewer.
+    """
+    found = blocks(tower)
+    attention, mlp, width = found[-1]
+    widths = [layer.out_features for layer in projections(attention).values()] or [3 * width]
+    linear = [layer for layer in mlp.modules() if isinstance(layer, nn.Linear)]
+    norms = [module for module in tower.modules() if "Norm" in type(module).__name__]
+    return {"width": width, "blocks": len(found), "gated": len(linear) > 2,
+            "inner": max((layer.out_features for layer in linear), default=4 * width),
+            "qkv": sum(widths) + (3 * max(widths) if turned else 0),
+            "rms": bool(norms) and not isinstance(norms[0], nn.LayerNorm)}
+
+
+def patch_numbers(tower):
+    """How many numbers of an image become one patch: those that its first layer takes."""
+    first = next(module for module in tower.modules()
+                 if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d))
+    return first.weight[0].numel()
+
+
 def check_towers(name, hf):
     """InputError where adapters would not find a place in every block of both towers."""
     vision, language = hf.get_encoder(modality="image"), hf.get_decoder()

@@ -54,12 +54,14 @@ class Ranks:
         return self.sums([number])[0]
 
     def sums(self, numbers):
-        """Each number (also a tensor without dimensions) summed over all ranks, as floats."""
-        kinds = {"dtype": torch.float64, "device": self.device}
-        total = torch.stack([torch.as_tensor(number, **kinds) for number in numbers])
+        """Each number summed over all ranks, as floats: from host to host, not through a GPU."""
+        return self.added(torch.tensor([*map(float, numbers)], dtype=torch.float64)).tolist()
+
+    def added(self, tensor):
+        """A tensor, summed over all ranks in place; on a GPU the host does not wait for it."""
         if self.world > 1:
-            dist.all_reduce(total)
-        return total.tolist()
+            dist.all_reduce(tensor)
+        return tensor
 
     def gather(self, values):
         """The lists of all ranks, one after the other."""
@@ -79,7 +81,8 @@ class Ranks:
 
 
 def start_ranks(device, patient=False):
-    """Join the ranks that torchrun's variables describe; gloo on the CPU, nccl on GPUs.
+    """Join the ranks that torchrun's variables describe: gloo for what is on the CPU, nccl for what
+    is on GPUs.
 
     patient: always gloo, and no limit on how long a rank may wait for the others; for stages whose
     ranks meet only at their end.
@@ -95,7 +98,7 @@ def start_ranks(device, patient=False):
         store, rank, world = next(dist.rendezvous("env://", rank, world))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         store = dist.PrefixStore(f"attempt-{attempt}", store)
-        backend = "nccl" if device.type == "cuda" and not patient else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" and not patient else "gloo"
         limit = timedelta(days=365) if patient else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     return Ranks(rank, world, device)
@@ -125,18 +128,26 @@ def run_stage(script, device, stage, patient=False):
 def distributed(model, ranks, all_weights=False):
     """The model as the loop calls it: with several ranks, DDP averages its gradients over them.
 
-    all_weights: the base trains as a whole, and some of it may have no part in the loss.
+    Gradients exist from here on, and stay (see Step.finish): DDP then makes them views of its
+    buffers, and again when it rebuilds these. Gradients that a micro-batch makes under no_sync
+    would be a second copy. all_weights: the base trains as a whole, and some of it may have no part
+    in the loss, hence no gradient.
     """
     if ranks.world == 1:
         return model
+    for p in () if all_weights else model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
     return DistributedDataParallel(model, gradient_as_bucket_view=True,
                                    find_unused_parameters=all_weights)
 
 
-def announce(what, model, trained, ranks, micro_batch):
-    """What a stage starts from and how much memory it will need, on stderr."""
+def announce(what, model, trained, ranks, micro_batch, longest, views):
+    """What a stage starts from and how much memory it will need, on stderr.
+
+    longest: tokens of its longest row, with the images of so many views.
+    """
     count = sum(p.numel() for p in trained.values())
-    need = model.training_bytes(trained, ranks.world, micro_batch) / 2 ** 30
+    need = model.training_bytes(trained, ranks.world, micro_batch, longest, views) / 2 ** 30
     print(f"{what}\n{count:,} parameters train; a card will need about {need:.2f} GiB",
           file=sys.stderr)
 
@@ -146,7 +157,8 @@ def adamw(trained, weight_decay, ranks):
     """AdamW (https://arxiv.org/abs/1711.05101) for {name: parameter}; only matrices decay.
 
     With several ranks each keeps the moments of its share of the parameters, updates those, and
-    sends them to the others (ZeRO, stage 1: https://arxiv.org/abs/1910.02054).
+    sends them to the others (ZeRO, stage 1: https://arxiv.org/abs/1910.02054). On a GPU it is the
+    fused one: the usual one there makes temporaries as large as all of its parameters.
     """
     if not trained:
         raise InputError("nothing is left to train; give another --init, or leave out "
@@ -154,11 +166,12 @@ def adamw(trained, weight_decay, ranks):
     groups = [{"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": weight_decay},
               {"params": [p for p in trained.values() if p.ndim <= 1], "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
+    options = {"betas": (0.9, 0.95), "fused": ranks.device.type == "cuda"}
     if ranks.world == 1:
-        return torch.optim.AdamW(groups, betas=(0.9, 0.95))
+        return torch.optim.AdamW(groups, **options)
     # imported late: with it come a hundred modules that one process never needs
     from torch.distributed.optim import ZeroRedundancyOptimizer
-    return ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, betas=(0.9, 0.95))
+    return ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, **options)
 
 
 def local_part(optimizer):
@@ -176,8 +189,8 @@ def load_moments(optimizer, trained, moments):
     """Take from {name: moments} of all parameters those that this rank updates."""
     local, names = local_part(optimizer), {p: name for name, p in trained.items()}
     for p in (p for group in local.param_groups for p in group["params"] if names[p] in moments):
-        local.state[p] = {key: value if key == "step" else value.to(p.device)
-                          for key, value in moments[names[p]].items()}
+        # the step too: AdamW has it on the CPU, the fused one on its parameter's GPU
+        local.state[p] = {key: value.to(p.device) for key, value in moments[names[p]].items()}
 
 
 def cosine(step, steps, lr, warmup):
@@ -238,29 +251,7 @@ def load_checkpoint(out, fixed, trained, optimizer):
     return saved["step"]
 
 
-# ---------------------------------------------------------------- log and signals
-class Log:
-    """out/log.jsonl, one object per step. Opened on resume, it drops what came after that step.
-
-    Figures that are not finite, as of a skipped step, become null.
-    """
-
-    def __init__(self, out, step, ranks):
-        self.path, self.ranks = Path(out) / "log.jsonl", ranks
-        if ranks.is_master:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_bytes().splitlines(True) if self.path.is_file() else []
-            kept = [line for line in lines
-                    if line.endswith(b"\n") and json.loads(line)["step"] <= step]
-            with files.whole(self.path) as temporary:
-                temporary.write_bytes(b"".join(kept))
-
-    def write(self, row):
-        if self.ranks.is_master:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(files.without_nan(row)) + "\n")
-
-
+# ---------------------------------------------------------------- signals
 class Stop:
     """SIGTERM and SIGINT ask for a stop (see Step.micro_batches); a second ^C quits at once.
 
@@ -316,7 +307,7 @@ class Run:
         """Yield a Step for every step that is left; log and save when the stage is done with it."""
         args, ranks = self.args, self.ranks
         first = load_checkpoint(args.out, self.fixed, self.trained, self.optimizer)
-        log, self.stop = Log(args.out, first, ranks), Stop()
+        log, self.stop = files.Log(args.out, first, ranks), Stop()
         batches = data.MicroBatches(len(self.rows), args.batch, args.micro_batch, first, self.last,
                                     args.seed, ranks)
         decoded = iter(data.loader(data.Examples(self.rows, self.make), args.workers,
@@ -409,16 +400,21 @@ class Step:
     def log(self, **figures):
         """Add to the figures of this step: its sums over micro-batches and ranks are logged."""
         for name, value in figures.items():
-            value = value.detach().double() if isinstance(value, torch.Tensor) else value
-            self.figures[name] = self.figures.get(name, 0.0) + value
+            value = torch.as_tensor(value, dtype=torch.float64, device=self.run.ranks.device)
+            self.figures[name] = self.figures.get(name, 0.0) + value.detach()
 
     def finish(self):
-        """Clip the gradient, set the learning rate, update; skip a step that is not finite."""
+        """Clip the gradient, set the learning rate, update; skip a step that is not finite.
+
+        This is where the host waits for the GPU, once in a step.
+        """
         run, args = self.run, self.run.args
         if run.exit_code:
             return
-        norm = torch.nn.utils.clip_grad_norm_(run.trained.values(), args.grad_clip).item()
-        sums = dict(zip(self.figures, run.ranks.sums(self.figures.values())))
+        norm = torch.nn.utils.clip_grad_norm_(run.trained.values(), args.grad_clip)
+        figures = run.ranks.added(torch.stack(list(self.figures.values())))
+        *sums, norm = torch.cat([figures, norm.double()[None]]).tolist()
+        sums = dict(zip(self.figures, sums))
         lr = cosine(self.number, run.last, args.lr, args.warmup)
         if math.isfinite(norm) and math.isfinite(sums["loss"]):     # the same numbers on all ranks
             for group in run.optimizer.param_groups:
@@ -431,7 +427,7 @@ class Step:
             raise InputError(f"{MAX_SKIPPED} steps in a row had no finite loss, up to step "
                              f"{self.number + 1}; try a smaller --lr. The last checkpoint is in "
                              f"{args.out}/resume")
-        run.optimizer.zero_grad(set_to_none=True)
+        run.optimizer.zero_grad(set_to_none=run.ranks.world == 1)       # see distributed
         self.row = {"step": self.number + 1, **sums, "grad_norm": norm, "learning_rate": lr,
                     "seconds": round(time.perf_counter() - self.began, 4)}
         if run.ranks.device.type == "cuda":

@@ -264,23 +264,6 @@ def check_fits(model, name, dtype, device):
                      f"{free / 1e9:.1f} GB are free; try {' or '.join(ways)}")
 
 
-def training_bytes(model, trained, world, towers, logits):
-    """Bytes that a card needs to train {name: parameter}, in fp32: a gradient each, and Adam's two
-    moments sharded over `world` ranks.
-
-    Added are the weights, the int8 one that is dequantised, `logits` in fp32 with softmax and
-    gradients, and of each tower (tokens, width × layers, widest block) what checkpointing keeps:
-    one activation per block, and the widest block, in numbers per token, while it is recomputed.
-    """
-    size = model.dtype.itemsize
-    stored = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    learning = sum(p.numel() for p in trained.values()) * (4 + 8 / world)
-    kept = sum(tokens * width for tokens, width, _ in towers)
-    recomputed = max(tokens * widest for tokens, _, widest in towers)
-    working = int8.working_bytes(model, size)
-    return int(stored + working + learning + (kept + recomputed) * size + 3 * logits * 4)
-
-
 # ---------------------------------------------------------------- reading
 def fill(model, folder, dtype, device):
     """Give a model built on the meta device its tensors from a folder, in `dtype` on `device`.

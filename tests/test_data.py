@@ -327,7 +327,7 @@ def test_collate_pads_on_the_right_and_aims_at_what_follows_the_prompt(tiny_mode
         }
         for k, (prompt, target) in enumerate(zip(prompts, targets))
     ]
-    batch = plumbing.data.collate(rows, tiny_model.tokenizer.eos_id, "cpu")
+    batch = plumbing.data.collate(rows, tiny_model.tokenizer.eos_id)
     assert batch["logp_of"].tolist() == [[7, 8, -100, -100], [9, 10, 11, 12]]
     assert batch["mask"].sum(1).tolist() == [len(row["ids"]) for row in rows]
     assert batch["images"].shape == (2, 3, 28, 28) and batch["images"][1, 0, 0, 0] == 1

@@ -204,7 +204,7 @@ def test_log_probs_in_chunks_equal_those_of_full_logits(
         }
         for path, caption in captions(data)[:3]
     ]
-    batch = plumbing.data.collate(examples, tiny_model.tokenizer.eos_id, "cpu")
+    batch = plumbing.data.collate(examples, tiny_model.tokenizer.eos_id)
     targets = batch.pop("logp_of")
     real = targets != -100
     n_targets = int(real.sum())
