@@ -56,11 +56,11 @@ def parse_args(argv):
     add_world(parser)
     parser.add_argument("--no-data", action="store_true", help="start from the bare base, which "
                         "asks itself, without captions and questions to learn from")
-    parser.add_argument("--rounds", type=int, default=2,
+    parser.add_argument("--rounds", type=int, default=3,
                         help="rounds of QA adapter, golden samples and DPO")
     parser.add_argument("--captions", type=int, default=3000,
                         help="scenes with a caption and questions, for SFT and the QA adapter")
-    parser.add_argument("--images", type=int, default=8000, help="unlabelled scenes per round")
+    parser.add_argument("--images", type=int, default=3000, help="unlabelled scenes per round")
     parser.add_argument("--held-out", type=int, default=500, help="scenes for evaluation")
     parser.add_argument("--samples", type=int, default=6, help="captions per unlabelled scene")
     parser.add_argument("--threshold", type=float, help="lowest P(yes) of a statement that is kept "
