@@ -30,19 +30,11 @@ from toy_world import gate_rules as toy_gate_rules
 from toy_world import lab as toy_lab
 from toy_world import steps as toy_steps
 from toy_world import verdicts, world
-from toy_world.claims import (
-    CLAIMS,
-    Claim,
-    beats,
-    collapsed,
-    collect,
-    for_each_seed,
-    table,
-    verdict,
-)
+from toy_world.claims import CLAIMS, Claim, collect, table, verdict
 from toy_world.experiments import LAYOUTS, TEMPERATURES
 from toy_world.lab import ARMS, BETAS, METRICS, SFT_FIRST, Lab
 from toy_world.steps import CODE
+from toy_world.verdicts import beats, collapsed, for_each_seed
 
 JUDGED = {f"{way} {key}" for way in ("greedy", "sampled") for key in METRICS}
 
