@@ -33,6 +33,7 @@ class Base(Protocol):
     image_size: int                 # S
     device: torch.device
     dtype: torch.dtype
+    output_layer: torch.nn.Module   # a linear layer; the rows of its weight are the vocabulary
     cache_bytes: int                # of the keys and values of one token
     packs: bool                     # whether branches share a row; else each has one, at a price
     quantize: str                   # "int8", or "": frozen weights in dtype

@@ -413,7 +413,8 @@ def train_pair(n_rows, job, turns):
 def caption(job, turns):
     """A contestant: several captions of an image on one prefix."""
     model, images = open_peer(job)
-    model.never = sorted({*model.never, *model.tokenizer.ends})     # no caption ends early
+    ends = torch.tensor([*model.tokenizer.ends], device=model.device)
+    model.never = torch.cat([model.never, ends])        # no caption ends early
     turns.facts["tokens"] = len(model.caption_prompt(images))
     while True:
         with turns:
@@ -423,8 +424,7 @@ def caption(job, turns):
 
 def against(args):
     """Run and print the comparison of --against -> what --json writes."""
-    from plumbing import peers  # here, since it imports transformers
-
+    from plumbing import peers      # here, since it imports transformers
     both = ("reference", "step")
     contestants = {"trl": {"packed": (functools.partial(train_pair, 1), both),
                            "two rows": (functools.partial(train_pair, 2), both)},

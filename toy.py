@@ -4,14 +4,15 @@ READS   assets/toy, a small Qwen-VL that was pre-trained on this world
 WRITES  out/toy: data, a folder per stage, commands.jsonl, results.json, sheet.png;
         out/best.txt: the folder of the best captioner
 
-    python toy.py                               # SFT and two rounds
-    python toy.py --rounds 3 --processes 2      # three rounds, each stage under torchrun
+    python toy.py                               # SFT and three rounds
+    python toy.py --rounds 2 --processes 2      # two rounds, each stage under torchrun
     python toy.py --base assets/toy-qwen3-vl    # on a Qwen3-VL of transformers, which errs more
     python toy.py --base assets/toy-qwen3-vl --no-data      # from images alone
     python toy.py pool out/toy out/toy-1        # table and gains of runs with several seeds
     python toy.py dial out/toy out/toy-1        # what caption.py --verify gives, by its threshold
     python toy.py claims --only rounds          # test what the source claims, with several seeds
-    python toy.py pretrain                      # train the base in assets/toy
+    python toy.py pretrain --steps 2000         # train the base in assets/toy, which errs
+    python toy.py pretrain                      # train one that hardly ever does
     python toy.py pretrain --world hard --out out/hard      # one of a harder world, for --base
     python toy.py int8 --base assets/toy        # what --quantize int8 changes, on unseen scenes
     python toy.py report --base assets/toy      # what that base sees and invents on unseen scenes

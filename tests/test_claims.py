@@ -23,18 +23,18 @@ import toy
 from plumbing import files
 from plumbing.errors import InputError
 from toy_world import base as toy_base
+from toy_world import claim_rules, world
 from toy_world import claims as toy_claims
 from toy_world import competence as toy_competence
 from toy_world import experiments as toy_experiments
 from toy_world import gate_rules as toy_gate_rules
 from toy_world import lab as toy_lab
 from toy_world import steps as toy_steps
-from toy_world import verdicts, world
+from toy_world.claim_rules import beats, collapsed, for_each_seed
 from toy_world.claims import CLAIMS, Claim, collect, table, verdict
 from toy_world.experiments import LAYOUTS, TEMPERATURES
 from toy_world.lab import ARMS, BETAS, METRICS, SFT_FIRST, Lab
 from toy_world.steps import CODE
-from toy_world.verdicts import beats, collapsed, for_each_seed
 
 JUDGED = {f"{way} {key}" for way in ("greedy", "sampled") for key in METRICS}
 
@@ -342,12 +342,12 @@ def test_a_repeatable_loss_collapses_with_no_seed_and_gives_the_same_f1(f1s, exp
 )
 def test_an_arm_is_above_another_if_it_is_with_every_seed_and_by_a_margin(f1s, expected):
     seeds = [{"one": judged(f1), "other": judged(0.6)} for f1 in f1s]
-    assert verdicts.above(seeds, "one", "other") == expected
+    assert claim_rules.above(seeds, "one", "other") == expected
 
 
 def test_a_rung_is_answered_for_once_all_seeds_have_it():
     whole = competence_figures() | competence_figures("2000 steps", **{"round 3, DPO + CE": 0.9})
-    answers = verdicts.competence_answers([whole, whole])
+    answers = claim_rules.competence_answers([whole, whole])
     assert list(answers) == ["1500 steps", "2000 steps"]
     words = [answer for answer in answers["1500 steps"].values() if isinstance(answer, str)]
     assert len(words) > 5 and set(words) == {"yes"}
@@ -356,7 +356,7 @@ def test_a_rung_is_answered_for_once_all_seeds_have_it():
     assert [question for question, answer in answers["2000 steps"].items() if answer == "no"] == [
         "round 3 adds to round 2"
     ]
-    assert list(verdicts.competence_answers([whole, competence_figures()])) == ["1500 steps"]
+    assert list(claim_rules.competence_answers([whole, competence_figures()])) == ["1500 steps"]
 
 
 # ---------------------------------------------------------------- results
