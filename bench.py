@@ -424,7 +424,7 @@ def caption(job, turns):
 
 def against(args):
     """Run and print the comparison of --against -> what --json writes."""
-    from plumbing import peers      # here, since it imports transformers
+    from plumbing import peers  # here, since it imports transformers
     both = ("reference", "step")
     contestants = {"trl": {"packed": (functools.partial(train_pair, 1), both),
                            "two rows": (functools.partial(train_pair, 2), both)},
