@@ -31,7 +31,7 @@ from toy_world import base, world
 from toy_world import steps as toy_steps
 from toy_world.steps import CODE, Loop, make_split
 
-SIZES = {"--captions": 8, "--images": 6, "--held-out": 6, "--samples": 3}
+SIZES = {"--captions": 8, "--images": 6, "--held-out": 6, "--samples": 3, "--rounds": 2}
 FEW = {
     "SFT": ("--max-steps", "2", "--lr", "2e-3"),
     "QA": ("--max-steps", "2", "--lr", "1e-3"),
