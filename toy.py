@@ -216,7 +216,8 @@ def finish(args, results, held_out, truth):
     best_file = out.parent / "best.txt"
     with files.whole(best_file) as temporary:
         temporary.write_text(f"{os.path.relpath(best, out.parent)}\n", "utf-8")
-    sheet(out, held_out, truth, start, f"round-{args.rounds}")
+    k = max(range(1, args.rounds + 1), key=lambda k: both_f1(results[f"round{k}"]))
+    sheet(out, held_out, truth, start, f"round-{k}")
     print(f"best: {best}, which {best_file} names for caption.py. Captions before and after: "
           f"{out}/sheet.png. Statements confirmed and refused: {out}/golden-1/index.html")
 
