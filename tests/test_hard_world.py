@@ -253,6 +253,13 @@ def test_a_base_remembers_its_world(hard_base, tmp_path, capsys):
         worlds.name_of(tmp_path)
 
 
+@pytest.mark.parametrize("base", ["assets/toy", "assets/toy-qwen3-vl"])
+def test_the_shipped_bases_are_of_the_easy_world(base, tmp_path, capsys):
+    run = ["--base", base, "--world", "hard", "--out", str(tmp_path / "run")]
+    assert toy.main(run) == 1 and not (tmp_path / "run").exists()
+    assert "easy world" in capsys.readouterr().err
+
+
 def test_a_report_has_the_rare_ones_apart(hard_base, capsys):
     assert toy.main(["report", "--base", str(hard_base), "--scenes", "2"]) == 0
     first, *lines = capsys.readouterr().out.splitlines()
