@@ -7,7 +7,6 @@ so that it can be compiled once and repeated without the host (`next_tokens`). T
 a sample depend on (seed, image name, sample index) alone, so neither the batch nor the number of
 cards changes them.
 """
-import contextlib
 import functools
 import hashlib
 import json
@@ -22,6 +21,7 @@ from chunking import seen_by
 from plumbing import data, files
 from plumbing.compiled import WORTH_COMPILING, Compiled
 from plumbing.errors import InputError
+from plumbing.parts import evaluating
 from plumbing.positions import ntk_alpha
 from plumbing.slots import Slots, room_left, timed
 from plumbing.tokenizer import yes_and_no
@@ -42,9 +42,15 @@ def prefill(model, ids, images, mask, samples, room):
 def decode(model, cache, tokens):
     """Append one token (B,) to each sample -> the logits (B, vocab) of the next."""
     cache.reach()
+    logits = decode_there(model, cache, tokens)
+    cache.used += 1
+    return logits
+
+
+def decode_there(model, cache, tokens):
+    """What `decode` does on the device."""
     logits = model(tokens[:, None], cache=cache)[:, 0]
     cache.now.add_(1).clamp_(max=cache.room)
-    cache.used += 1
     return logits
 
 
@@ -54,10 +60,8 @@ def next_tokens(model, cache, rows, how, is_end):
     rows: "tokens" and "u", both (I·n, room + 1), a token and a random number for each moment. All
     of it happens on the device, in tensors that keep their place, and the host waits for nothing.
     """
-    last = rows["tokens"].gather(1, cache.now.repeat_interleave(how.n)[:, None])    # (I·n, 1)
-    logits = model(last, cache=cache)[:, 0]                                   # (I·n, vocab)
-    cache.now.add_(1).clamp_(max=cache.room)
-    draw(logits, cache, rows, how, is_end)
+    last = rows["tokens"].gather(1, cache.now.repeat_interleave(how.n)[:, None])[:, 0]
+    draw(decode_there(model, cache, last), cache, rows, how, is_end)
 
 
 def draw(logits, cache, rows, how, is_end):
@@ -68,20 +72,6 @@ def draw(logits, cache, rows, how, is_end):
     u = rows["u"].gather(1, now)[:, 0]
     tokens = choose(logits, u, how.temperature, how.top_p)                    # (I·n,)
     rows["tokens"].scatter_(1, now, tokens[:, None])
-
-
-@contextlib.contextmanager
-def evaluating(model):
-    """Eval mode without gradients inside; the previous mode is restored."""
-    was_training = model.training
-    if was_training:
-        model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        if was_training:
-            model.train()
 
 
 def compiles(model, wanted, n_images):
@@ -386,20 +376,30 @@ def judge(statements, threshold, min_votes, resolve):
     agreement between samples (the votes) with 74, token confidence with 58. Groups are our
     addition: in the toy world contradictions in golden captions taught more of them in every round.
     """
-    sums = Counter()        # group -> P(yes) of all its statements
-    for statement in statements:
-        sums[statement["group"]] += statement["p_yes"]
-    passing = {}            # group -> numbers of its passing statements
-    for k, statement in enumerate(statements):
-        group, p_yes = statement["group"], statement["p_yes"]
-        exclusive = resolve and group is not None
-        least = max(threshold, sums[group] / 2) if exclusive else threshold
-        if p_yes >= least and statement["votes"] >= min_votes:
-            passing.setdefault(group if exclusive else ("alone", k), []).append(k)
-    # max gives the first of equals
-    kept = {max(numbers, key=lambda k: (statements[k]["p_yes"], statements[k]["votes"]))
-            for numbers in passing.values()}
-    return [{**statement, "kept": k in kept} for k, statement in enumerate(statements)]
+    kept = [s["p_yes"] >= threshold and s["votes"] >= min_votes for s in statements]
+    if resolve:
+        kept = [passes and share for passes, share in zip(kept, has_its_share(statements))]
+        kept = best_of_groups(statements, [(s["p_yes"], s["votes"]) for s in statements], kept)
+    return [{**statement, "kept": is_kept} for statement, is_kept in zip(statements, kept)]
+
+
+def best_of_groups(statements, values, passing):
+    """Of the passing statements of each group only the one with the highest value, of equals the
+    first -> a boolean for each statement."""
+    groups = defaultdict(list)
+    for k, (statement, passes) in enumerate(zip(statements, passing)):
+        if passes:
+            groups[("alone", k) if statement["group"] is None else statement["group"]].append(k)
+    kept = {max(numbers, key=values.__getitem__) for numbers in groups.values()}
+    return [k in kept for k in range(len(statements))]
+
+
+def has_its_share(statements):
+    """Whether each statement has at least half of the P(yes) of its group -> booleans."""
+    sums = Counter()
+    for s in statements:
+        sums[s["group"]] += s["p_yes"]
+    return [s["group"] is None or s["p_yes"] >= sums[s["group"]] / 2 for s in statements]
 
 
 def calibrate(p_yes, truth, beta=0.5):

@@ -85,7 +85,7 @@ class Cache:
 
     used (I,) int64: how many tokens the samples of each image have so far; on the CPU, so that no
     question about it waits for the device. now (I,): the same on the device, where samples that
-    have ended may go on: beyond `room` their tokens overwrite each other in a column of their own.
+    have ended may continue: beyond `room` their tokens overwrite each other in one column.
     is_fixed: a step reads the same columns at every token, those that are not yet written masked.
     """
 

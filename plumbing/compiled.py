@@ -13,21 +13,22 @@ class Compiled:
 
     On a GPU, "reduce-overhead" records the kernels of a call once and launches them together
     (CUDA graphs); tensors that are written in place must be kept with `keep` for that. The seconds
-    of the first call go to stderr.
+    of the first call go to stderr; another shape is compiled when it first comes.
     """
 
     def __init__(self, function, device):
         self.function, self.device, self.has_run = function, device, False
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, SHAPES)
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         self.run = torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
     def __call__(self, *args):
+        torch.compiler.cudagraph_mark_step_begin()
         if self.has_run:
-            torch.compiler.cudagraph_mark_step_begin()
             return self.run(*args)
         began = time.perf_counter()
-        with torch._dynamo.config.patch(recompile_limit=SHAPES):
-            result = self.run(*args)
+        result = self.run(*args)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.has_run = True

@@ -1,5 +1,7 @@
 """What both kinds of base have in common: slots for adapters, prompts made of their parts, and
 log-probabilities that do not hold all logits at once."""
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -65,6 +67,20 @@ def call(block, *args, checkpointing):
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False)
     return block(*args)
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Eval mode without gradients inside; the previous mode is restored."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        if was_training:
+            model.train()
 
 
 def moved(tensor, device):

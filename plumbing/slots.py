@@ -183,15 +183,15 @@ class Slots:
         members = [Member(item, [[] for _ in range(self.n)], [None] * self.n) for item in items]
         what = (f"{max(len(self.members), len(new))} images × {self.n} captions; try a smaller "
                 "--batch or --max-new-tokens, or fewer captions")
-        goes_on = not self.is_empty or self.can_reuse(len(prompts[0]))
-        if not goes_on:                         # the memory of the batch that has ended
+        is_continued = not self.is_empty or self.can_reuse(len(prompts[0]))
+        if not is_continued:                         # the memory of the batch that has ended
             self.cache, self.rows = None, {}
         with enough_memory(what), timed(self.clock, "prefill"):
             cache, rows, errors = self.begin(names, views, prompts)
             for member, error in zip(members, errors):
                 member.error = error
             self.length = len(prompts[0])
-            if goes_on and rows["tokens"].shape[1] == self.rows["tokens"].shape[1]:
+            if is_continued and rows["tokens"].shape[1] == self.rows["tokens"].shape[1]:
                 self.put(members, cache, rows)
                 return
             self.cache, self.rows, self.members = cache, rows, members
@@ -199,13 +199,13 @@ class Slots:
                 self.fix()
 
     def can_reuse(self, length):
-        """Whether an empty batch may go on with its cache."""
+        """Whether an empty batch may keep its cache."""
         return self.is_fixed and self.cache is not None and self.cache.holds(length)
 
     def fix(self):
         """Make all slots, and let their tensors stay where they are."""
-        missing = self.slots - len(self.members)
-        self.take([*range(len(self.members)), *[0] * missing])
+        if missing := self.slots - len(self.members):
+            self.take([*range(len(self.members)), *[0] * missing])
         self.cache.fix()
         keep([*self.cache.tensors(), *self.rows.values()])
 

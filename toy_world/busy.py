@@ -28,7 +28,7 @@ LONG, ONE_IN = 5, 10    # each tenth caption is five times as long as the others
 
 
 def ignored(*caption):
-    """The cost of looking for loops, without the verdict: captions of random tokens go on."""
+    """The cost of looking for loops, without the verdict: captions of random tokens continue."""
     loops(*caption)
     return False
 

@@ -7,15 +7,15 @@ of the facts, as true statements are that need not be made.
 import json
 import math
 import statistics
-from collections import Counter, defaultdict
+from collections import Counter
 
+from generate import best_of_groups, has_its_share
 from plumbing import files, scoring
 from toy_world.experiments import corrected, share_of_true
 
 STRICT = .8                             # a fixed threshold
-HALF = .5                               # of a group's P(yes), the least that its winner must have
 KNOWN = ("p_yes", "votes", "group")     # what a rule may look at
-ENDS = {False: "", True: ", group share"}       # of the names of rules; see has_its_share
+ENDS = {False: "", True: ", group share"}       # of the names of rules; see generate.has_its_share
 GATED = ("F1", "F.5", str(STRICT), "aim", "corrected", "odds + votes", "posterior")
 NAMES = ("union", "vote of 1", "vote of 2", "vote of 3",
          *(rule + end for end in ENDS.values() for rule in GATED))
@@ -62,25 +62,6 @@ def scores(pool, kept):
 
 
 # ---------------------------------------------------------------- of a group at most one
-def best_of_groups(statements, values, passing):
-    """Of the passing statements of each group only the one with the highest value, of equals the
-    first -> a boolean for each statement."""
-    groups = defaultdict(list)
-    for k, (statement, passes) in enumerate(zip(statements, passing)):
-        if passes:
-            groups[("alone", k) if statement["group"] is None else statement["group"]].append(k)
-    kept = {max(numbers, key=values.__getitem__) for numbers in groups.values()}
-    return [k in kept for k in range(len(statements))]
-
-
-def has_its_share(statements):
-    """Whether each statement has at least HALF of the P(yes) of its group -> booleans."""
-    sums = Counter()
-    for statement in statements:
-        sums[statement["group"]] += statement["p_yes"]
-    return [s["group"] is None or s["p_yes"] >= HALF * sums[s["group"]] for s in statements]
-
-
 def kept_above(pool, values, least, share=False):
     """What a rule keeps of a pool: the best of each group among those with a value of at least
     `least`. values: one number for each statement of the pool. share: see has_its_share."""

@@ -298,19 +298,7 @@ def questions(scene, n, rng):
     False words are drawn as often as true ones of their kind, so that a rare word in a question
     does not give the answer away.
     """
-    return [true_question(scene, rng) if rng.random() < 0.5 else false_question(scene, rng)
-            for _ in range(n)]
-
-
-def true_question(scene, rng):
-    """A true statement about the scene: (statement, answer, kind)."""
-    if rng.random() < PART_RATE:
-        thing = rng.choice(scene.things)
-        part = rng.choice((thing.color, thing.shape))
-        return f"{thing.place} {part}", f"Yes, {thing.text}", "part"
-    background, *others = facts(scene)
-    fact = rng.choice(others * 4 + [background])
-    return fact["text"], f"Yes, {fact['text']}", fact["kind"]
+    return easy.half_true(scene, n, rng, facts, PART_RATE, false_question)
 
 
 def false_question(scene, rng):

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from base import open_base
-from generate import evaluating, greedy, yes_probability
+from generate import greedy, yes_probability
 from plumbing import arguments, int8
 from plumbing.data import together
+from plumbing.parts import evaluating
 from toy_world import world as easy
 from toy_world import worlds
 from toy_world.base import (

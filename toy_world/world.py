@@ -309,13 +309,19 @@ def questions(scene, n, rng):
     instead. kind is the fact's kind, or `wrong color`, `wrong shape`, … for a near miss. Some ask
     for one attribute only (`top-left red`, kind `part`), from which a model learns to compare.
     """
-    return [true_question(scene, rng) if rng.random() < 0.5 else false_question(scene, rng)
-            for _ in range(n)]
+    return half_true(scene, n, rng, facts, PART_RATE, false_question)
 
 
-def true_question(scene, rng):
+def half_true(scene, n, rng, facts, part_rate, false_question):
+    """The `questions` of a world with these facts, share of questions about a part, and near
+    misses."""
+    return [true_question(scene, rng, facts, part_rate) if rng.random() < 0.5
+            else false_question(scene, rng) for _ in range(n)]
+
+
+def true_question(scene, rng, facts, part_rate):
     """A true statement about the scene: (statement, answer, kind)."""
-    if rng.random() < PART_RATE:
+    if rng.random() < part_rate:
         thing = rng.choice(scene.things)
         part = rng.choice((thing.color, thing.shape))
         return f"{thing.place} {part}", f"Yes, {thing.text}", "part"
